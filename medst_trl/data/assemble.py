@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .image_index import ImageIndex
 
 
+# With `disjoint`, a record is removed if one of these parts occurs in the later split, see `_parts`.
+_REMOVED_FOR = {"none": {}, "image": {"images": ["copies"]}, "group": {"groups": ["joined", "copies"]}}
+
+
 class Datasets(NamedTuple):
     """
     The content of all datasets of a source.
@@ -140,7 +144,8 @@ def _usable(
         found = [own] if own else sorted({index.group_ids[name] for name in record.images if name in index.group_ids})
         usable.append(replace(record, group=next(iter(found), None)))
         keys.append((ids, found))
-    return usable, Grouping(keys, near_copies(index.hashes, index.hashes, near_copy_bits)), rejected
+    plain = {image_id for image_id, code in index.hashes.items() if code is None}
+    return usable, Grouping(keys, near_copies(index.hashes, index.hashes, near_copy_bits), plain), rejected
 
 
 def _count(rows: list[dict]) -> dict[str, int]:
@@ -211,7 +216,7 @@ def hold_out(
         image_ids (`dict`):
             Name of an image to its `image_id`; equal images under two names are one.
         disjoint (`str`, *optional*, defaults to `"none"`):
-            What else is removed: with `"image"`, everything about an image of the later split; with `"group"`,
+            What else is removed: with `"image"`, everything about an image of the later split; with `"group"`, also
             everything that belongs together with a record of the later split.
         grouping ([`Grouping`], *optional*):
             What belongs together. Defaults to records that share an image or a group.
@@ -225,9 +230,7 @@ def hold_out(
     by_split = {"test": [], "validation": [], "train": []}
     for record in records:
         by_split[record.split].append(record)
-    removed_for = {"pairs": "pairs"} | {"none": {}, "image": {"images": "copies"}, "group": {"groups": "joined"}}[
-        disjoint
-    ]
+    removed_for = {"pairs": ["pairs"]} | _REMOVED_FOR[disjoint]
     counts = Counter(images_in_train_and_test=0)
     for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
         if not by_split[held]:
@@ -241,7 +244,7 @@ def hold_out(
         kept = []
         for record in by_split[taken_from]:
             own = _parts([record], image_ids, grouping)
-            what = next((what for what, part in removed_for.items() if own[part] & there[part]), None)
+            what = next((w for w, parts in removed_for.items() if any(own[p] & there[p] for p in parts)), None)
             if what is None:
                 kept.append(record)
             else:

@@ -4,13 +4,14 @@
 Groups: what must not be divided between training and test, such as all images of a patient.
 
 A record's `group_id` is a keyed hash of a patient, a study or a directory. Without one, the image is its own group.
-Records that share an image, near copies of an image or a group belong together.
+What belongs together is never divided, see [`Grouping`].
 """
 
 import hashlib
 import hmac
 import os
 import secrets
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -105,21 +106,35 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
 
 class Grouping:
     """
-    Tells which records belong together.
+    Tells which records belong together: those that share a group, an image or a near copy of it.
+
+    Two exceptions keep the groups of a hospital apart. Images without structure (such as black slices) and near copies
+    of images in another group (such as pages of a report) occur with many patients, and do not join their groups.
 
     Args:
         records (iterable of `tuple`):
             For each record its `image_id`s and its group ids. A group id may be None.
         copies (iterable of `tuple[str, str]`, *optional*):
             Pairs of `image_id`s of near copies, see [`~medst_trl.data.near_copies.near_copies`].
+        plain (collection of `str`, *optional*):
+            `image_id`s of images without structure.
     """
 
     def __init__(
-        self, records: Iterable[tuple[Collection[str], Collection[str | None]]], copies: Iterable[tuple[str, str]] = ()
+        self,
+        records: Iterable[tuple[Collection[str], Collection[str | None]]],
+        copies: Iterable[tuple[str, str]] = (),
+        plain: Collection[str] = (),
     ) -> None:
-        copies = list(copies)
-        self._copies = representatives(copies)
-        self._joined = representatives([*copies, *(_keys(*record) for record in records)])
+        records, copies, groups_of = list(records), list(copies), defaultdict(set)
+        for image_ids, groups in records:
+            for image_id in image_ids:
+                groups_of[image_id] |= {*groups} - {None}
+        keys = [_keys(image_ids, groups, plain) for image_ids, groups in records]
+        for one, other in copies:
+            if not (groups_of[one] and groups_of[other]) or groups_of[one] & groups_of[other]:
+                keys.append([one, other])
+        self._copies, self._joined = representatives(copies), representatives(keys)
 
     def image(self, image_id: str) -> str:
         """Return one `image_id` for an image and all its near copies."""
@@ -130,9 +145,10 @@ class Grouping:
         return next((self._joined[key] for key in _keys(image_ids, [group])), default)
 
 
-def _keys(image_ids: Collection[str], groups: Collection[str | None]) -> list[str]:
+def _keys(image_ids: Collection[str], groups: Collection[str | None], plain: Collection[str] = ()) -> list[str]:
     # Behind all image ids in the alphabet: then an image id names what is joined, which does not depend on the salt.
-    return [*image_ids, *(f"~{group}" for group in groups if group is not None)]
+    names = [f"~{group}" for group in groups if group is not None]
+    return [*names, *(image_id for image_id in image_ids if not (names and image_id in plain))]
 
 
 def representatives(groups: Iterable[Collection[Hashable]]) -> dict[Hashable, Hashable]:

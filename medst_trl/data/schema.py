@@ -314,6 +314,7 @@ def write_split(
     Raises:
         UserError: if the disk is full (finished files stay).
     """
+    from pyarrow.parquet import read_schema
     from tqdm.auto import tqdm
 
     if not records:
@@ -324,20 +325,13 @@ def write_split(
     total = -(-len(records) // rows_per_shard)
     shards = [directory / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
     for finished in [path for path in shards if path.exists()][:1]:  # perhaps by a version with fewer columns
-        features = _common_columns(features, finished)
+        written = read_schema(finished).names
+        features = type(features)({name: feature for name, feature in features.items() if name in written})
     for number, path in enumerate(tqdm(shards, f"{directory.name}/{split}", unit="file", disable=None)):
         if not path.exists():
             chunk = records[number * rows_per_shard : (number + 1) * rows_per_shard]
             with explain_full_disk(directory):
                 _write_shard(path, ordered_map(make_row, chunk, num_workers), features)
-
-
-def _common_columns(features: "Features", shard: Path) -> "Features":
-    from datasets import Features
-    from pyarrow.parquet import read_schema
-
-    names = read_schema(shard).names
-    return Features({name: feature for name, feature in features.items() if name in names})
 
 
 def _write_shard(path: Path, rows: Iterator[dict], features: "Features") -> None:

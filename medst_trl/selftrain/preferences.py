@@ -186,7 +186,9 @@ def select_preferences(
         usable = _without(
             usable, near_duplicates(usable, duplicate_similarity, copies), "near_duplicate_question", rejected
         )
-    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed, copies), strict=True))
+    splits = dict(
+        zip(("train", "validation"), _split(usable, validation_share, seed, copies, near_hashes), strict=True)
+    )
     if length_balanced:
         for name, rows in splits.items():
             splits[name] = _without(rows, length_imbalance(rows, seed), "length_balance", rejected)
@@ -336,10 +338,15 @@ def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejecte
 
 
 def _split(
-    pairs: list[dict], validation_share: float, seed: int, copies: Iterable[tuple[str, str]]
+    pairs: list[dict],
+    validation_share: float,
+    seed: int,
+    copies: Iterable[tuple[str, str]],
+    near_hashes: Mapping[str, str | None],
 ) -> tuple[list[dict], list[dict]]:
     """Return train and validation pairs. What belongs together is not divided (see [`Grouping`])."""
-    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), copies)
+    plain = {image_id for image_id, code in near_hashes.items() if code is None}
+    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), copies, plain)
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [grouping.of(pair["image_ids"], pair.get("group_id"), pair["id"]) for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}

@@ -78,12 +78,16 @@ records = st.lists(
 copies = st.lists(st.tuples(st.sampled_from("0123456789"), st.sampled_from("0123456789")), max_size=3)
 
 
-@given(records, copies)
-def test_records_belong_together_if_a_chain_of_shared_images_copies_and_groups_connects_them(records, copies):
-    grouping = Grouping(records, copies)
-    sets = [{*images, *groups} for images, groups in records] + list(map(set, copies))
+@given(records, copies, st.sets(st.sampled_from("0123456789"), max_size=3))
+def test_records_belong_together_if_a_chain_of_shared_images_copies_and_groups_connects_them(records, copies, plain):
+    grouping = Grouping(records, copies, plain)
+    groups_of = {
+        name: {group for images, groups in records if name in images for group in groups} for name in "0123456789"
+    }
+    is_copy = [not groups_of[a] or not groups_of[b] or groups_of[a] & groups_of[b] for a, b in copies]
+    sets = [{*images} - (plain if groups else set()) | {*groups} for images, groups in records]
     connected = []  # slow and plain
-    for one in sets:
+    for one in [*sets, *(set(pair) for pair, joins in zip(copies, is_copy) if joins)]:
         touching = [other for other in connected if other & one]
         connected = [other for other in connected if not other & one] + [one.union(*touching)]
     names = [grouping.of(images, next(iter(groups), None), "alone") for images, groups in records]
@@ -94,6 +98,15 @@ def test_records_belong_together_if_a_chain_of_shared_images_copies_and_groups_c
         images = {item for whole in connected if one and one <= whole for item in whole if item.isdigit()}
         assert name == (min(images) if images else name), "the name depends on the salt"
         assert one or name == "alone"
+
+
+def test_black_slices_and_similar_pages_do_not_join_patients():
+    """Otherwise a hospital would be one group, which is drawn as a whole."""
+    records = [([f"{patient}{n}" for n in "ab"] + ["black"], [patient]) for patient in "PQR"]
+    records += [(["alone"], [None]), (["black"], [None])]
+    grouping = Grouping(records, [("Pa", "Qa"), ("Ra", "alone")], {"black"})
+    names = [grouping.of(images, group, "") for images, [group] in records]
+    assert len(set(names[:3])) == 3 and names[3] == names[2] and names[4] == "black"
 
 
 def test_near_copies_count_as_one_image():
