@@ -102,12 +102,7 @@ def assemble(
     return Datasets(rows, rejected, counts)
 
 
-def _notes(
-    usable: Collection[Conversation | Question],
-    overlap: Mapping[str, int],
-    hashes: Mapping[str, str | None],
-    disjoint: str,
-) -> dict[str, int | str]:
+def _notes(usable: Collection, overlap: Mapping[str, int], hashes: Mapping[str, str | None], disjoint: str) -> dict:
     """Return what to report about splits: their overlap, 0 where it was looked for, and groups that may be wrong."""
     groups = Counter(record.group for record in usable if record.group)
     has_test = any(record.split == "test" for record in usable)
@@ -248,7 +243,9 @@ def hold_out(
             if what is None:
                 kept.append(record)
             else:
-                counts[f"{_name_of(record)}_removed_for_{what}_{where}"] += 1
+                is_question, messages = isinstance(record, Question), getattr(record, "messages", None)
+                name = "questions" if is_question else "conversations" if messages else "unlabeled_images"
+                counts[f"{name}_removed_for_{what}_{where}"] += 1
         by_split[taken_from] = kept
     return by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"}
 
@@ -269,12 +266,6 @@ def _parts(
         if isinstance(record, Question):
             parts["pairs"].add((copies, plain_question(record.question)))
     return parts
-
-
-def _name_of(record: Conversation | Question) -> str:
-    if isinstance(record, Question):
-        return "questions"
-    return "conversations" if record.messages else "unlabeled_images"
 
 
 def split_off_validation(

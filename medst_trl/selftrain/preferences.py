@@ -5,7 +5,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -180,15 +180,14 @@ def select_preferences(
     total = len(pairs) + len(rejected)
     shared, counts_shared = _shared_with_benchmarks(pairs, benchmarks, near_hashes, near_copy_bits)
     copies = list(near_copies(near_hashes, near_hashes, near_copy_bits))
+    plain = {image_id for image_id, code in near_hashes.items() if code is None}
     usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
         usable = _without(
             usable, near_duplicates(usable, duplicate_similarity, copies), "near_duplicate_question", rejected
         )
-    splits = dict(
-        zip(("train", "validation"), _split(usable, validation_share, seed, copies, near_hashes), strict=True)
-    )
+    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed, copies, plain), strict=True))
     if length_balanced:
         for name, rows in splits.items():
             splits[name] = _without(rows, length_imbalance(rows, seed), "length_balance", rejected)
@@ -338,15 +337,10 @@ def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejecte
 
 
 def _split(
-    pairs: list[dict],
-    validation_share: float,
-    seed: int,
-    copies: Iterable[tuple[str, str]],
-    near_hashes: Mapping[str, str | None],
+    pairs: list[dict], validation_share: float, seed: int, *similar: Collection
 ) -> tuple[list[dict], list[dict]]:
-    """Return train and validation pairs. What belongs together is not divided (see [`Grouping`])."""
-    plain = {image_id for image_id, code in near_hashes.items() if code is None}
-    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), copies, plain)
+    """Return train and validation pairs. What belongs together is not divided; for `similar` see [`Grouping`]."""
+    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), *similar)
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [grouping.of(pair["image_ids"], pair.get("group_id"), pair["id"]) for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
