@@ -35,10 +35,13 @@ def is_hub_id(name: object) -> bool:
 
 
 def is_only_on_hub(name: str) -> bool:
-    """Whether a name is a Hub id and hardly a misspelled path: no file of data, nor in a directory that exists."""
+    """
+    Whether a name is a Hub id and hardly a misspelled path: no file of data, nor in a directory that exists or in
+    `data`, where the recipes expect it.
+    """
     path = Path(name)
     is_file = path.suffix.lower() in (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet")
-    return is_hub_id(name) and not is_file and not Path(path.parts[0]).is_dir()
+    return is_hub_id(name) and not is_file and not (path.parts[0] == "data" or Path(path.parts[0]).is_dir())
 
 
 def looks_local(name: str) -> bool:
