@@ -290,7 +290,9 @@ def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int,
     headers = {sign: column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
     sign = next((sign for sign in signs if key in headers[sign]), max(signs, key=lambda sign: len(headers[sign])))
     header, dialect = headers[sign], _dialect(sign, own)
-    check_header(header, (key,), path, None)
+    is_quoted = any(name.startswith('"') for name in header)
+    advice = "Quotes are text in a .tsv file: name it .csv." if is_quoted else "Rename its columns."
+    check_header(header, (key,), path, None, advice)
     start, at = at, at + _cells(lines, at, dialect)[1]
     if at > start + 1 and any(sign in name for name in header):  # a quote closes in a row
         raise UserError(f"The quotes in the header of {path} do not match: {lines[start].strip()}. Correct it.")

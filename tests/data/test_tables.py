@@ -272,6 +272,7 @@ def test_formulas_are_not_read_as_text(tmp_path):
         ("t.csv", b"PAR1..", "is a Parquet file: name it .parquet"),
         ("t.csv", b"picture;question\na.png;x\n", "no column `image` .it has picture, question.. Rename its columns"),
         ("t.xlsx", None, "cannot be read"),
+        ("t.tsv", b'"image"\t"answer"\n"a.png"\t"x"\n', "Quotes are text in a .tsv file: name it .csv"),
         ("t.csv", b'image,"question,answer\na.png,"q",x\n', 'it has image,"question,answer'),
         ("t.csv", b'image,"question,answer\na.png,q",x\n', 'The quotes in the header of .*: image,"question,answer'),
         ("t.csv", b'image;"question;answer\na.png;q;x\n', 'it has image;"question;answer'),
