@@ -8,8 +8,8 @@ A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,25 +78,32 @@ def load_records(
 
 def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Dataset":
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError
 
     path = Path(path_or_hub_id)
-    try:
+    with readable_errors(path_or_hub_id, lambda: _datasets_near(path, split, kind)):
         if path.exists():
             return _read(split_files(path, split, kind), split, kind)
         hub_id, revision = split_revision(str(path_or_hub_id))
         return load_dataset(hub_id, split=split, revision=revision)
+
+
+@contextmanager
+def readable_errors(path_or_hub_id: str | PathLike, near: Callable[[], str] = str) -> Iterator[None]:
+    """Turn what `datasets` raises for a dataset that it cannot open into a [`UserError`]. `near` is part of it."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except (DatasetNotFoundError, FileNotFoundError):
         raise UserError(
             f"{path_or_hub_id} is neither a directory nor a dataset on the Hub that you may read."
-            f"{_datasets_near(path, split, kind)} Run the stage that makes it first, or correct the path."
+            f"{near()} Run the stage that makes it first, or correct the path."
         ) from None
     except (ConnectionError, HfHubHTTPError) as error:
         raise UserError(
             f"{path_or_hub_id} is not a directory, and the Hub cannot be reached ({str(error).splitlines()[0]})."
-            f"{_datasets_near(path, split, kind)} Check the network, the token (`hf auth login`) and "
-            "HF_HUB_OFFLINE, or correct the path."
+            f"{near()} Check the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
         ) from None
     except (DatasetGenerationError, KeyError) as error:  # damaged, or files with different columns
         raise UserError(f"{path_or_hub_id} cannot be read: {error.__cause__ or error}") from None

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files
 from medst_trl.base.hub_ids import split_revision
 
@@ -19,7 +18,7 @@ from .image_formats import ImageProblem
 from .image_index import FolderImages
 from .image_settings import ImageSettings
 from .images import StoredImage, load_image
-from .loading import split_named_by
+from .loading import readable_errors, split_named_by
 from .reading import check_header, column_names
 from .schema import with_stored_images
 from .source import QUESTION_COLUMNS, Records, SourceRequest, question_or_image
@@ -70,21 +69,12 @@ def read_parquet(name: str, request: SourceRequest, settings: ImageSettings) -> 
 
 def _splits(path: Path) -> dict[str, "Dataset"]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with readable_errors(path):
         if path.is_file():
             return load_dataset("parquet", data_files={split_named_by(path.name) or "train": str(path)})
         hub_id, revision = split_revision(str(path))
         return load_dataset(hub_id, revision=revision)
-    except (OSError, ValueError, DatasetGenerationError, HfHubHTTPError) as error:
-        where = "" if path.exists() else " on this machine or on the Hub"
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(
-            f"data_path cannot be read{where}: {path} ({reason}). Correct it, or check the network and the token "
-            "(`hf auth login`)."
-        ) from None
 
 
 class TableImages(FolderImages):
