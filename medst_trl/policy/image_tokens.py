@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, ProcessorMixin
+from transformers.modeling_utils import set_zero3_state
 
 from medst_trl.base.errors import UserError
 
@@ -112,7 +113,7 @@ def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tu
         problem = f"The processor of {name!r} cannot process an image with {_settings(processor)} ({error})."
         raise UserError(f"{problem} Set these values in its processor_config.json.") from error
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), set_zero3_state():  # under ZeRO-3, transformers would divide the parts among ranks
             model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](deepcopy(config)).base_model
             known = signature(model.get_image_features).parameters.keys() & inputs.keys()
             # Sizes of images are numbers that decide on shapes.

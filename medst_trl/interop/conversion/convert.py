@@ -265,7 +265,8 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{base_directory / 'config.json'} is damaged ({part}). Download it again.")
-    images = read_json(base_directory / "processor_config.json").get("image_processor", {})
+    images = read_json(base_directory / "processor_config.json").get("image_processor")
+    images = images or read_json(base_directory / "preprocessor_config.json")  # an older version's
     return {
         "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
         "vision_config": config["vision_config"],

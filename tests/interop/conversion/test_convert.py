@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medst_trl.base.errors import UserError
+from medst_trl.interop.conversion.convert import original_config
 from medst_trl.interop.conversion.weights import model_name, open_weights
 
 
@@ -479,6 +480,21 @@ def test_a_converted_base_keeps_the_mean_colour_of_its_tower(tmp_path):
     original.convert(str(output), tmp_path / "out", base=str(tmp_path / "converted"))
     processor = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     assert tuple(processor.image_mean) == (0.4, 0.5, 0.6) and processor.do_pad
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_base_with_the_processor_of_an_older_version_pads_as_before(tmp_path, pads):
+    """Before transformers 4.46, preprocessor_config.json had the settings of images."""
+    original.write_clip(tmp_path / "clip")
+    base = original.write_checkpoint(tmp_path / "base", full_model())
+    original.convert(str(base), tmp_path / "converted")
+    path = tmp_path / "converted" / "processor_config.json"
+    images = json.loads(path.read_text())["image_processor"] | {"do_pad": pads}
+    path.unlink()
+    (tmp_path / "converted" / "preprocessor_config.json").write_text(json.dumps(images))
+    (tmp_path / "output").mkdir()
+    config = original_config(tmp_path / "output", tmp_path / "converted")
+    assert config["image_aspect_ratio"] == ("pad" if pads else "square")
 
 
 def test_a_directory_never_contains_two_models(tmp_path):
