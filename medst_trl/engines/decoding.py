@@ -9,7 +9,8 @@ depend on its batch.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
@@ -173,11 +174,11 @@ class StopStrings:
             The strings, from the model's generation config.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the policy.
-        prompt_length (`int`):
+        prompt_length (`int`, *optional*, defaults to `0`):
             Number of tokens before a text.
     """
 
-    def __init__(self, strings: list[str] | None, tokenizer: "PreTrainedTokenizerBase", prompt_length: int):
+    def __init__(self, strings: list[str] | None, tokenizer: "PreTrainedTokenizerBase", prompt_length: int = 0):
         self.strings, self.tokenizer, self.prompt_length = strings or [], tokenizer, prompt_length
 
     def __call__(self, input_ids: "torch.LongTensor", scores: Any = None, **kwargs: Any) -> "torch.BoolTensor":
@@ -195,6 +196,17 @@ class StopStrings:
     def cut(self, text: str) -> str:
         """Return the part of a text before the first string."""
         return text[: min((text.find(string) for string in self.strings if string in text), default=len(text))]
+
+    def cut_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Yield the pieces of a text before the first string, as soon as they cannot belong to one."""
+        text, shown, longest = "", 0, max(map(len, self.strings), default=1)
+        for piece in chain(pieces, [None]):  # the text is complete
+            text += piece or ""
+            end = len(self.cut(text))
+            end -= (longest - 1) * (piece is not None and end == len(text))
+            if end > shown:
+                yield text[shown:end]
+                shown = end
 
 
 def shares_prompts(model: "PreTrainedModel") -> bool:

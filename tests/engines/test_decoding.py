@@ -10,6 +10,8 @@ from collections import Counter
 import pytest
 import torch
 from family_models import MODELS, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from random_images import random_image
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 
@@ -18,6 +20,7 @@ from medst_trl.engines import decoding
 from medst_trl.engines.decoding import (
     GREEDY,
     SeededSampler,
+    StopStrings,
     chat_inputs,
     prefill,
     shares_prompts,
@@ -281,6 +284,16 @@ def test_a_stop_string_may_be_a_special_token(monkeypatch):
     monkeypatch.setattr(model.generation_config, "stop_strings", [token])
     text, ended = write_texts(model, processor, plain_inputs(processor), 12)[0]
     assert ended and before.startswith(text) and len(text) < len(before)
+
+
+@given(st.lists(st.text("ab#", max_size=4), max_size=8), st.lists(st.text("b#", min_size=1, max_size=3), max_size=2))
+def test_a_streamed_text_ends_before_a_stop_string(pieces, strings):
+    stops = StopStrings(strings, None)
+    shown = list(stops.cut_pieces(pieces))
+    assert "".join(shown) == re.split("|".join(map(re.escape, strings)) or "$", "".join(pieces))[0]
+    assert "" not in shown
+    if not strings:
+        assert shown == [piece for piece in pieces if piece]
 
 
 def test_a_stop_string_in_the_prompt_ends_nothing(monkeypatch):

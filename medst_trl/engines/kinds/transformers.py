@@ -15,7 +15,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
-from medst_trl.engines.decoding import SeededSampler, prompt_inputs, shares_prompts, write_texts
+from medst_trl.engines.decoding import SeededSampler, StopStrings, prompt_inputs, shares_prompts, write_texts
 from medst_trl.engines.engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import EXTREME_ASPECT_RATIO, base_of, why_refused
@@ -174,10 +174,11 @@ class TransformersEngine(BatchEngine):
             finally:
                 streamer.end()
 
+        stops = StopStrings(self.model.generation_config.stop_strings, self.processor.tokenizer)
         with ThreadPoolExecutor(1) as executor:
             written = executor.submit(write)
             try:
-                yield from streamer
+                yield from stops.cut_pieces(streamer)
             finally:
                 closed.set()
             written.result()
