@@ -33,11 +33,8 @@ STEPS_PER_CALL = 32
 # counts: other settings change the distribution or the way of decoding, or count from the start of a call, and a text
 # may take several calls.
 GREEDY = {
-    # transformers' defaults: it warns of other values, which have no effect without sampling
-    "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
-    "return_dict_in_generate": True,
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True,
     "use_cache": True,  # configurations saved after gradient checkpointing may disable it
-    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
 }  # fmt: skip
 
 
@@ -159,9 +156,8 @@ def _settings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
         "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": sorted(never) or None,
     }
-    defaults = GenerationConfig().to_dict()
-    del defaults["max_new_tokens"]  # given for each call
-    return defaults | GREEDY | own
+    unset = GenerationConfig().to_dict().keys() - {"max_new_tokens"}  # which is given for each call
+    return dict.fromkeys(unset) | GREEDY | own
 
 
 class StopStrings:

@@ -16,8 +16,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES  # PEFT's own name for an 
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -242,7 +243,7 @@ def load_adapter(
     rows = [max(shape) for key, shape in stored.items() if names.intersection(key.split("."))]
     add_embedding_row(model, max(rows, default=0) - 1)  # its vocabulary may be larger
     try:
-        with warnings.catch_warnings(), _missing_rows(model, tokens):
+        with warnings.catch_warnings(), _extend_rows(model, tokens):
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(model, adapter, revision=revision, is_trainable=is_trainable)
         problems = [f"the model has no place for {key}" for key in _unused(loaded, stored)]
@@ -261,12 +262,11 @@ def load_adapter(
     return loaded
 
 
-@contextmanager
-def _missing_rows(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+def _extend_rows(model: PreTrainedModel, tokens: int) -> RemovableHandle:
     """
-    Extend weights with fewer rows than the embedding while they are loaded into a model, if they have a row for each
-    of the first `tokens` tokens. Adapters of other tools have none for `<vusr>` and for rows that pad the vocabulary.
-    A new row is the mean of the others, as everywhere.
+    Extend weights with fewer rows than the embedding when they are loaded into a model, if they have a row for each of
+    the first `tokens` tokens. Adapters of other tools have none for `<vusr>` and for rows that pad the vocabulary. A
+    new row is the mean of the others, as everywhere.
     """
     rows = model.get_input_embeddings().num_embeddings
 
@@ -278,11 +278,7 @@ def _missing_rows(model: PreTrainedModel, tokens: int) -> Iterator[None]:
                     mean = tensor.float().mean(dim, keepdim=True).to(tensor.dtype)
                     state[key] = torch.cat([tensor, mean.repeat_interleave(rows - size, dim)], dim)
 
-    hook = model.register_load_state_dict_pre_hook(extend)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.register_load_state_dict_pre_hook(extend)
 
 
 def _stored_shapes(adapter: str, revision: str | None) -> dict[str, list[int]]:

@@ -115,18 +115,15 @@ def _repair(config: GenerationConfig, name: str) -> None:
         problems = dict(re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE))
         if not problems:
             raise
-    sampling = {key for key, reason in problems.items() if reason.startswith("`do_sample`")}
-    if config.do_sample is None and config.temperature != 0:
-        config.do_sample = True if sampling else None
-        removed = sorted(problems.keys() - sampling)
-    else:
-        sampling, removed = {}, sorted(problems)
-    for key in removed:
+    samples = config.do_sample is None and config.temperature != 0
+    sampling = {key for key, reason in problems.items() if samples and reason.startswith("`do_sample`")}
+    changes = ["with do_sample"] if sampling else []
+    config.do_sample = True if sampling else config.do_sample
+    for key in sorted(problems.keys() - sampling):
         setattr(config, key, None)
-    changes = [f"with do_sample, because it has {', '.join(sorted(sampling))}"] if sampling else []
-    changes += [f"without {', '.join(removed)}"] if removed else []
-    text = f"The generation_config.json of {name!r} is invalid. A trained model is saved {' and '.join(changes)}."
-    warnings.warn(text, stacklevel=4)
+        changes.append(f"without {key}")
+    problem = f"The generation_config.json of {name!r} is invalid."
+    warnings.warn(f"{problem} A trained model is saved {', '.join(changes)}.", stacklevel=4)
 
 
 def ignored_settings(config: GenerationConfig) -> list[str]:

@@ -73,9 +73,8 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
 def _settings(processor: ProcessorMixin) -> dict[str, Any]:
     """Return the settings on which the number of image tokens depends."""
     images = getattr(processor, "image_processor", None)
-    own = {key: getattr(images, key, None) for key in _SETTINGS}
-    own = {key: value for key, value in own.items() if value is not None}
-    return own | {key: getattr(processor, key) for key in _SETTINGS if hasattr(processor, key)}
+    values = [(key, getattr(part, key, None)) for part in (images, processor) for key in _SETTINGS]
+    return {key: value for key, value in values if value is not None or hasattr(processor, key)}
 
 
 def _set_from(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
@@ -119,10 +118,9 @@ def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tu
             # Sizes of images are numbers that decide on shapes.
             wanted = {key: inputs[key].to("meta") if inputs[key].is_floating_point() else inputs[key] for key in known}
             features = model.get_image_features(**wanted, return_dict=True).pooler_output
-    except (KeyError, AttributeError, TypeError, NotImplementedError):
-        return tokens, None
-    except (ValueError, RuntimeError) as error:
-        if "meta" in str(error):  # shapes depend on values
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        # Unknown families differ, and shapes may depend on values, which there are none of ("meta").
+        if type(error) not in (ValueError, RuntimeError) or "meta" in str(error):
             return tokens, None
         raise UserError(
             f"The model cannot read an image of the processor of {name!r} ({error}). Set size and crop_size in its "

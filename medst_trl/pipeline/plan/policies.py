@@ -172,14 +172,13 @@ def check_processor(step: Step) -> None:
         step ([`~medst_trl.pipeline.recipe.Step`]):
             A step.
     """
-    settings = step.settings
-    name, base = (settings.get(key) for key in ("model_name_or_path", "base_model_name_or_path"))
-    if not name or not any(Path(name).glob("tokenizer*")) or not loads_model(settings):
-        return
-    with located(f"{step.where}: model_name_or_path"):
-        adapter = read_adapter_config(name, None)
-        if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
-            load_processor(name, base, None, bool(settings.get("trust_remote_code")))
+    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
+    name, base, trusts = map(step.settings.get, names)
+    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
+        with located(f"{step.where}: model_name_or_path"):
+            adapter = read_adapter_config(name, None)
+            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
+                load_processor(name, base, None, bool(trusts))
 
 
 # Configurations
