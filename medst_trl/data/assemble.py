@@ -233,9 +233,8 @@ def hold_out(
         there, here = (_parts(by_split[split], image_ids, grouping) for split in (held, taken_from))
         where = f"in_{taken_from}_and_{held}"
         alone = here["images"] - there["images"]
-        counts[f"images_{where}"] = len(here["images"] & there["images"])
         counts[f"near_copies_{where}"] = sum(grouping.image(image) in there["copies"] for image in alone)
-        counts.update({f"{part}_{where}": len(here[part] & there[part]) for part in ("groups", "pairs")})
+        counts.update({f"{part}_{where}": len(here[part] & there[part]) for part in ("images", "groups", "pairs")})
         kept = []
         for record in by_split[taken_from]:
             own = _parts([record], image_ids, grouping)
@@ -261,8 +260,7 @@ def _parts(
         parts["images"].update(ids)
         parts["copies"].update(copies)
         parts["joined"].add(grouping.of(ids, record.group, record.id))
-        if record.group is not None:
-            parts["groups"].add(record.group)
+        parts["groups"].update([record.group] if record.group else ())
         if isinstance(record, Question):
             parts["pairs"].add((copies, plain_question(record.question)))
     return parts

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import cached_property
@@ -36,11 +37,13 @@ class GroupIds:
         salt_file (`str` or `os.PathLike`, *optional*):
             File of the salt. Defaults to the one that `MEDST_GROUP_SALT` names, otherwise to one of the user.
         group_by (`str`, *optional*, defaults to `"patient"`):
-            What makes a group of images: `"patient"` or `"study"` in DICOM headers, or `"directory"`.
+            What makes a group of images: `"patient"` or `"study"` in DICOM headers, or `"directory"`; with
+            `"directory:1"` its first level, and so on.
     """
 
     def __init__(self, salt_file: str | os.PathLike | None = None, group_by: str = "patient"):
-        self.salt_file, self.group_by = salt_file, group_by
+        self.salt_file = salt_file
+        self.level, _, self.depth = group_by.partition(":")
 
     @cached_property
     def salt(self) -> bytes:
@@ -59,10 +62,10 @@ class GroupIds:
             name (`str`): Path of its file, relative to the directory of images.
             header (`dict`): Its `patient`, `study` and `series`, see [`~medst_trl.data.images.StoredImage`].
         """
-        if self.group_by != "directory":
-            return self.of_key(header.get(self.group_by))
-        parent = PurePosixPath(name.replace("\\", "/")).parent.as_posix()
-        return self.of_key(header.get("series") if parent == "." else parent)
+        if self.level != "directory":
+            return self.of_key(header.get(self.level))
+        parents = PurePosixPath(name.replace("\\", "/")).parent.parts[: int(self.depth or sys.maxsize)]
+        return self.of_key("/".join(parents) or header.get("series"))
 
 
 def group_id(salt: bytes, key: str) -> str:

@@ -56,7 +56,15 @@ def test_a_salt_that_cannot_be_used_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("group_by", "key"), [("patient", "P"), ("study", "St"), ("directory", "ward/P"), (None, "P")]
+    ("group_by", "key"),
+    [
+        ("patient", "P"),
+        ("study", "St"),
+        ("directory", "ward/P"),
+        ("directory:1", "ward"),
+        ("directory:5", "ward/P"),
+        (None, "P"),
+    ],
 )
 def test_images_are_grouped_by_what_is_chosen(tmp_path, group_by, key):
     ids = GroupIds(tmp_path / "salt", group_by or "patient")

@@ -21,6 +21,7 @@ DICOM files say it themselves, and `--group_by directory` takes the directories 
 drops training data of groups that are also in the test or validation set.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -80,8 +81,8 @@ class PrepareArguments:
             Column of a table, or key of JSON records, with the group of each record, such as a patient. Groups are
             written as keyed hashes. Default: the groups of the images.
         group_by (`str`, *optional*):
-            Groups of images: patient or study (in DICOM files), or directory (relative to the directory of images).
-            Default: patient.
+            Groups of images: patient or study (in DICOM files), or directory (the path inside the directory of
+            images; directory:1 is its first level). Default: patient.
         group_salt (`str`, *optional*):
             File with the secret key of these hashes, created if it is missing. Datasets that are compared need the
             same one. Default: the file in MEDST_GROUP_SALT, or else ~/.local/share/medst_trl/group_salt.
@@ -194,7 +195,7 @@ def check(args: PrepareArguments, *others: Any) -> None:
         below={"validation_fraction": 1, "near_copy_bits": 256},
     )
     check_choice("disjoint", args.disjoint or "none", DISJOINT)
-    check_choice("group_by", args.group_by or "patient", GROUP_LEVELS)
+    check_choice("group_by", re.sub(r"^directory:[1-9]\d*$", "directory", args.group_by or "patient"), GROUP_LEVELS)
     settings_among(others, ImageSettings).check()
     if source.needs_data and args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")

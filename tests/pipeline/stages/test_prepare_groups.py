@@ -190,7 +190,9 @@ def test_image_disjoint_is_the_older_name_of_disjoint_image(tmp_path, words, aga
         prepare(tmp_path, **table, disjoint="group", image_disjoint=True)
 
 
-@pytest.mark.parametrize("change", [{"disjoint": "patient"}, {"group_by": "ward"}, {"near_copy_bits": -1}])
+@pytest.mark.parametrize(
+    "change", [{"disjoint": "patient"}, {"group_by": "ward"}, {"group_by": "directory:0"}, {"near_copy_bits": -1}]
+)
 def test_unknown_values_are_refused(tmp_path, change):
     with pytest.raises(UserError, match=next(iter(change))):
         check(PrepareArguments("out", "images", "data", **change))
@@ -249,8 +251,14 @@ def hospital(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("groups", "number"),
-    [({}, 40), ({"group_column": "patient"}, 40), ({"group_by": "study"}, 120), ({"group_by": "directory"}, 120)],
-    ids=["dicom", "table", "study", "directory"],
+    [
+        ({}, 40),
+        ({"group_column": "patient"}, 40),
+        ({"group_by": "directory:1"}, 40),
+        ({"group_by": "study"}, 120),
+        ({"group_by": "directory"}, 120),
+    ],
+    ids=["dicom", "table", "first level", "study", "directory"],
 )
 def test_no_patient_of_a_hospital_is_on_two_sides(tmp_path, hospital, groups, number):
     directory, record = prepare(tmp_path, **hospital | {"disjoint": "none"} | groups)
