@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from medst_trl import load_policy
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.images import image_id
 from medst_trl.data.schema import preference_features
 from medst_trl.pipeline.stages import dpo
 
@@ -61,6 +62,45 @@ def test_the_adapter_is_trained_further_and_saved_with_its_record(inputs, tmp_pa
     printed = capsys.readouterr().out
     assert "Stage 2 is done: 3 steps on 12 preference pairs" in printed and "nats" in printed
     load_policy(str(tmp_path / "dpo"))
+
+
+def test_pairs_of_ones_own_are_trained_on_beside_those_of_the_judge(inputs, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    rows = []
+    for number in range(4):
+        tiny_dpo.pair(20 + number)["images"][0].save(own / f"{number}.png")
+        rows.append(
+            {"image": f"{number}.png", "prompt": f"Which plane, {number}?", "chosen": "Axial", "rejected": "No"}
+        )
+    rows[3]["image"] = "missing.png"
+    (own / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(inputs / "preferences", tmp_path / "preferences")
+    before = {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
+    names = [tmp_path / "preferences", own / "pairs.jsonl"]
+
+    def run_both():
+        options = {
+            "model_name_or_path": inputs / "sft", "output_dir": tmp_path / "dpo", "report_to": "none", "max_steps": 1,
+            "per_device_train_batch_size": 4, "disable_tqdm": True, "precompute_ref_log_probs": True,
+            "oversample": True,
+        }  # fmt: skip
+        given = [piece for key, value in options.items() for piece in (f"--{key}", str(value))]
+        given += ["--dataset", *map(str, names), "--dataset_weights", "3", "1"]
+        dpo.STAGE.main(*dpo.STAGE.make_parser().parse_args_and_config(given))
+        return json.loads((tmp_path / "dpo" / "stage.json").read_text())
+
+    record = run_both()
+    assert record["counts"]["pairs"] >= 16 and record["counts"]["steps"] == 1
+    assert set(record["counts"]["set_aside"]) == {"unreadable_image"}
+    assert [item["path"] for item in record["inputs"]["dataset"]] == list(map(str, names))
+    assert list((tmp_path / "dpo" / "reference_log_probs").glob("*.parquet"))
+    ids = json.loads((tmp_path / "dpo" / "training_images.json").read_text())["image_ids"]
+    assert {image_id(tiny_dpo.pair(20 + number)["images"][0]) for number in range(3)} <= set(ids)
+    assert before == {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
+    capsys.readouterr()
+    run_both()
+    assert "finished and unchanged" in capsys.readouterr().out
 
 
 def test_the_model_card_shows_how_to_load_a_vision_language_model(inputs, tmp_path):
