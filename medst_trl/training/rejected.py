@@ -49,7 +49,7 @@ def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return datasets
 
 
-def check_conversations(dataset: Any, collator: DataCollatorForSelfQuestioning, name: str) -> None:
+def check_conversations(dataset: Any, collator: Any, name: str) -> None:
     """
     Refuse a dataset of which no conversation can be trained on, and warn if many are rejected.
 
@@ -60,13 +60,15 @@ def check_conversations(dataset: Any, collator: DataCollatorForSelfQuestioning, 
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Conversations.
         collator ([`DataCollatorForSelfQuestioning`]):
-            The collator that rejects them.
+            The collator that rejects them. What another one rejects is not known.
         name (`str`):
             What the dataset is called in messages.
 
     Raises:
         UserError: if none can be trained on.
     """
+    if not isinstance(collator, DataCollatorForSelfQuestioning):
+        return
     rows, spread = with_stored_images(dataset), range(CHECKED)
     examples = rows
     if has_length(rows):

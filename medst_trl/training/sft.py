@@ -107,9 +107,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             seed=args.seed,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        if isinstance(collator, DataCollatorForSelfQuestioning):
-            for name, dataset in datasets_by_name(train_dataset, kwargs.get("eval_dataset")).items():
-                check_conversations(dataset, collator, name)
+        for name, dataset in datasets_by_name(train_dataset, kwargs.get("eval_dataset")).items():
+            check_conversations(dataset, collator, name)
         if args.train_sampling_strategy == "group_by_length":
             self.train_lengths = conversation_lengths(train_dataset, processing_class, args.max_length)
             if self.train_lengths is None:
