@@ -7,7 +7,6 @@ Libraries know this best, so each setting is tried out before anything is loaded
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
-from medst_trl.base.errors import UserError
+
+_ON_CPU = "it needs a GPU, and this runs on the CPU. Remove it."
+_NO_LAUNCHER = "it needs a launcher. Set --accelerate_config zero2, zero3 or fsdp2 instead."
+_NO_LIGER = "liger-kernel is not installed (pip install liger-kernel)."
+_NOT_PYTHON = "it can be set only from Python, to a ParallelismConfig of accelerate. Remove it."
 
 
 def lacking(args: Any, device: torch.device | None = None) -> list[str]:
@@ -33,27 +36,31 @@ def lacking(args: Any, device: torch.device | None = None) -> list[str]:
     Returns:
         `list[str]`: Each such setting with its value and the reason.
     """
-    found = []
-    for name, attempt in _ATTEMPTS.items():
-        if device is not None or name in _PACKAGES:
-            try:
-                attempt(args, device)
-            except Exception as error:  # of any library
-                value = getattr(args, name)
-                shown = " ".join(value) if isinstance(value, list) else getattr(value, "value", value)
-                found.append(f"{name} {shown}: {' '.join(str(error).split())}")
-    return found
+    is_run = device is not None
+    on_cpu = is_run and device.type == "cpu"
+    offloads = on_cpu and (args.activation_checkpointing_kwargs or {}).get("offload")
+    is_alone = is_run and "LOCAL_RANK" not in os.environ
+    problems = [
+        ("use_liger_kernel", not is_liger_kernel_available(), _NO_LIGER),
+        ("use_liger_kernel", on_cpu, _ON_CPU),
+        ("activation_offloading", on_cpu, _ON_CPU),
+        ("activation_checkpointing_kwargs", offloads, _ON_CPU),
+        ("deepspeed", is_alone, _NO_LAUNCHER),
+        ("fsdp", is_alone, _NO_LAUNCHER),
+        ("parallelism_config", isinstance(args.parallelism_config, dict | str), _NOT_PYTHON),
+    ]
+    found = [(name, problem) for name, lacks, problem in problems if lacks and getattr(args, name)]
+    attempts = {"report_to": _report, "optim": _optimize}
+    for name, attempt in (attempts | _WITH_DEVICE if is_run else attempts).items():
+        try:
+            attempt(args, device)
+        except Exception as error:  # of any library
+            found.append((name, error))
+    return [f"{name} {_shown(getattr(args, name))}: {' '.join(str(problem).split())}" for name, problem in found]
 
 
-def check_machine(args: Any, device: torch.device | None = None) -> None:
-    """
-    Refuse settings that cannot work on this machine, see [`lacking`].
-
-    Raises:
-        UserError: with all of them.
-    """
-    if found := lacking(args, device):
-        raise UserError("\n".join(found))
+def _shown(value: Any) -> Any:
+    return " ".join(value) if isinstance(value, list) else getattr(value, "value", value)
 
 
 def _report(args: Any, device: Any) -> None:
@@ -86,23 +93,6 @@ def _optimize(args: Any, device: torch.device | None) -> None:
     optimizer.step()
 
 
-def _use_kernels(args: Any, device: torch.device | None) -> None:
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("liger-kernel is not installed (pip install liger-kernel). Remove it.")
-    if args.use_liger_kernel and device is not None:
-        _need_accelerator(device)
-
-
-def _offload(args: Any, device: torch.device) -> None:
-    if args.activation_offloading or (args.activation_checkpointing_kwargs or {}).get("offload"):
-        _need_accelerator(device)
-
-
-def _need_accelerator(device: torch.device) -> None:
-    if device.type == "cpu":
-        raise ValueError("it needs a GPU, and this runs on the CPU. Remove it.")
-
-
 def _compile(args: Any, device: torch.device) -> None:
     if args.torch_compile:
         compiled = torch.compile(torch.sin, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -110,34 +100,8 @@ def _compile(args: Any, device: torch.device) -> None:
 
 
 def _load_data(args: Any, device: Any) -> None:
-    DataLoader(
-        [0],
-        num_workers=args.dataloader_num_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        persistent_workers=args.dataloader_persistent_workers,
-    )
+    names = ("num_workers", "multiprocessing_context", "prefetch_factor", "persistent_workers")
+    DataLoader([0], **{name: getattr(args, f"dataloader_{name}") for name in names})
 
 
-def _need_launcher(is_used: Any) -> None:
-    if is_used and "LOCAL_RANK" not in os.environ:
-        raise ValueError("it needs a launcher. Set --accelerate_config zero2, zero3 or fsdp2 instead.")
-
-
-def _parallelize(args: Any, device: Any) -> None:
-    if isinstance(args.parallelism_config, dict | str):
-        raise ValueError("it can be set only from Python, to a ParallelismConfig of accelerate. Remove it.")
-
-
-_ATTEMPTS: dict[str, Callable[[Any, Any], None]] = {
-    "report_to": _report,
-    "optim": _optimize,
-    "use_liger_kernel": _use_kernels,
-    "activation_offloading": _offload,
-    "torch_compile": _compile,
-    "dataloader_num_workers": _load_data,
-    "deepspeed": lambda args, device: _need_launcher(args.deepspeed),
-    "fsdp": lambda args, device: _need_launcher(args.fsdp),
-    "parallelism_config": _parallelize,
-}
-_PACKAGES = ("report_to", "optim", "use_liger_kernel", "parallelism_config")
+_WITH_DEVICE = {"torch_compile": _compile, "dataloader_num_workers": _load_data}

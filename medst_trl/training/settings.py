@@ -238,6 +238,9 @@ class CommonTrlSettings:
             Where to log: none, trackio, wandb, ...
         save_strategy (`str`, *optional*, defaults to `"steps"`):
             When to save checkpoints: no, steps, epoch, best.
+        resume_from_checkpoint (`str`, *optional*):
+            Checkpoint in output_dir to resume from; true for the newest one, false for none. Default: the newest one,
+            if there is any.
         eval_strategy (`str`, *optional*, defaults to `"no"`):
             When to evaluate: no, steps, epoch.
         eval_steps (`float`, *optional*):
@@ -272,6 +275,7 @@ class CommonTrlSettings:
     logging_steps: float = 10
     report_to: str | None = "none"
     save_strategy: str = "steps"
+    resume_from_checkpoint: str | None = None
     eval_strategy: str = "no"
     eval_steps: float | None = None
     load_best_model_at_end: bool = False
