@@ -14,6 +14,7 @@ from tables import write_table
 from medst_trl.base.errors import UserError
 from medst_trl.data.groups import GroupIds, salt_of
 from medst_trl.data.loading import load_records
+from medst_trl.data.near_copies import hash_images
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.stages.prepare import PrepareArguments, check, main
@@ -209,6 +210,9 @@ def test_near_copies_are_counted_and_removed_as_the_threshold_says(tmp_path):
     for to, bits, found, left in (("a", 10, 3, 1), ("b", 0, None, 4)):
         _, record = prepare(tmp_path, to, disjoint="image", near_copy_bits=bits, **table)
         assert record["counts"]["notes"].get("near_copies_in_train_and_test") == found
+        index = {row["image_id"]: row["near_hash"] for row in read_jsonl(tmp_path / to / "image_index.jsonl")}
+        held = hash_images(load_records(tmp_path / to / "benchmark", "test"))
+        assert len(held) == 3 and held.items() <= index.items()  # other commands find the same copies
         assert record["counts"]["datasets"]["instruct/train"]["images"] == left
 
 
