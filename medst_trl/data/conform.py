@@ -97,13 +97,15 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     if "questions" in other:
         columns["questions"] = _questions(columns)
         other.add("image_id")
-        columns["image_id"] = _valid_ids(columns.get("image_id"), len(table))  # theirs often has another meaning
+        ids = columns["image_id"].to_pylist() if "image_id" in columns else [None] * len(table)
+        ids = [name if _IMAGE_ID.fullmatch(str(name)) else None for name in ids]  # theirs often has another meaning
+        columns["image_id"] = _column(ids, wanted["image_id"])
     if "id" in other:
-        columns["id"] = _unique_ids(columns.get("id"), len(table))
+        ids = columns["id"].to_pylist() if "id" in columns else [None] * len(table)
+        columns["id"] = _column(_unique_ids(ids), wanted["id"])
     for name in other:
         if name not in columns or own.optional.get(name) == []:  # messages that are not used
-            empty = [own.optional.get(name)] * len(table)
-            columns[name] = pa.chunked_array([pa.array(empty, _arrow_type(wanted[name]))])
+            columns[name] = _column([own.optional.get(name)] * len(table), wanted[name])
         columns[name] = _cast(columns[name], wanted[name], name, kind)
     features = {name: wanted[name] if name in other else given[name] for name in columns}
     kept = table.select([name for name in columns if name not in other])
@@ -259,7 +261,6 @@ def messages_of(kind: Kind) -> list[str]:
 
 def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str], kind: str) -> "dict[str, Any]":
     """The columns of messages in the form of a kind; see [`typed_messages`]. Rows that cannot be read become empty."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     counts = pc.list_value_length(columns["images"]).to_pylist()
@@ -274,12 +275,11 @@ def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str
         for name in names:
             rows[name].append(row[name])
     report_unusable(problems, len(counts), f"The {kind} data")
-    return {name: pa.chunked_array([pa.array(rows[name], _arrow_type(features_of(kind)[name]))]) for name in names}
+    return {name: _column(rows[name], features_of(kind)[name]) for name in names}
 
 
 def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
     """The questions of each row of a benchmark, from its lists or from one question per row. Unusable ones are out."""
-    import pyarrow as pa
 
     names = [name for name in _OF_A_QUESTION if name in columns]
     rows = [[dict(zip(names, row))] for row in zip(*(columns[name].to_pylist() for name in names))]
@@ -296,23 +296,11 @@ def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
             except BadRecord as error:
                 problems.append(f"row {place}: {error.reason}")
     report_unusable(problems, sum(map(len, questions)) + len(problems), "The benchmark")
-    return pa.chunked_array([pa.array(questions, _arrow_type(features_of("benchmark")["questions"]))])
+    return _column(questions, features_of("benchmark")["questions"])
 
 
-def _valid_ids(column: "pa.ChunkedArray | None", rows: int) -> "pa.ChunkedArray":
-    """The ids of images, null where they are none of ours."""
-    import pyarrow as pa
-
-    names = [None] * rows if column is None else column.to_pylist()
-    ids = [name if _IMAGE_ID.fullmatch(str(name)) else None for name in names]
-    return pa.chunked_array([pa.array(ids, pa.string())])
-
-
-def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> "pa.ChunkedArray":
+def _unique_ids(names: Sequence[Any]) -> list[str]:
     """The ids of all rows; a missing one is the number of the row, a repeated one gets a number."""
-    import pyarrow as pa
-
-    names = [None] * rows if column is None else column.to_pylist()
     names = [str(place) if name is None else str(name) for place, name in enumerate(names)]
     seen, taken = Counter(), set(names)
     for place, name in enumerate(names):
@@ -322,7 +310,7 @@ def _unique_ids(column: "pa.ChunkedArray | None", rows: int) -> "pa.ChunkedArray
         if seen[name] > 1:
             names[place] = new
             taken.add(new)
-    return pa.chunked_array([pa.array(names, pa.string())])
+    return names
 
 
 def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":
@@ -359,7 +347,8 @@ def _cast(column: "pa.ChunkedArray", feature: Any, name: str, kind: str) -> "pa.
         ) from None
 
 
-def _arrow_type(feature: Any) -> "pa.DataType":
+def _column(values: Sequence[Any], feature: Any) -> "pa.ChunkedArray":
+    import pyarrow as pa
     from datasets import Features
 
-    return Features({"x": feature}).arrow_schema.field("x").type
+    return pa.chunked_array([pa.array(values, Features({"x": feature}).arrow_schema.field("x").type)])

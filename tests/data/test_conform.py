@@ -226,6 +226,7 @@ def test_ids_of_images_are_computed_once_per_image_and_equal_those_of_prepare(tm
     given = [None, None, None, None, ["x" * 64]]
     dataset = Dataset.from_dict({"images": images, "image_ids": given}).cast_column("images", List(Image()))
     decoded, stored_by_prepare = [], store_image(deep).image_id
+    monkeypatch.setattr("medst_trl.data.conform.cores", lambda: 1)  # two threads may decode one image at once
     monkeypatch.setattr("medst_trl.data.images.image_id", lambda image: decoded.append(image) or image_id(image))
     found = image_ids_of(dataset)
     assert found[0] == found[1] == [stored_by_prepare] and len(decoded) == 3
