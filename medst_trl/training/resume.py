@@ -63,7 +63,8 @@ class StopSignals(TrainerCallback):
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._receive:  # transformers may have restored its own
+                signal.signal(number, handler)
         self.is_active.fill_(False)
         self.trainer.remove_callback(self)
 

@@ -102,6 +102,21 @@ def test_without_checkpoints_a_signal_stops_at_once(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_enable_jit_checkpoint_changes_nothing(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    callbacks = [tiny_run.SignalInStep(2, signal.SIGTERM)]
+    settings = {"enable_jit_checkpoint": True, "save_strategy": "steps", "max_steps": 3}
+    try:
+        with pytest.raises(SystemExit):
+            tiny_run.train(tmp_path, callbacks=callbacks, **settings)
+        assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        signal.signal(signal.SIGTERM, before)
+        tiny_run.train(tmp_path, **settings)
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_training_in_a_thread_takes_no_signals(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         assert (
