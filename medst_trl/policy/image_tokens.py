@@ -22,6 +22,8 @@ from transformers.modeling_utils import set_zero3_state
 
 from medst_trl.base.errors import UserError
 
+from .families import FAMILIES, family_of
+
 
 _SIDE = 64  # pixels of the image that is counted
 _SETTINGS = (
@@ -102,7 +104,7 @@ def _set_from(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
 
 def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tuple[int, int | None]:
     """Return the number of image tokens of an image, and of the features that the model makes of it if known."""
-    if not (hasattr(processor, "image_token") and _settings(processor)):
+    if not hasattr(processor, "image_token") or family_of(config.model_type).name not in FAMILIES:
         return 0, None
     try:
         image = Image.new("RGB", (_SIDE, _SIDE))

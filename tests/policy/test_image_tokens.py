@@ -120,6 +120,15 @@ def test_any_settings_of_llava_become_right(patch_size, strategy, additional, cl
     assert tokens == 4 + class_token - (not full) == sum(map(len, features.pooler_output))
 
 
+def test_a_family_that_is_not_listed_is_not_counted(monkeypatch):
+    """What its processor takes, and what its model returns, may differ."""
+    model, processor = family_model("gemma-3")
+    config = deepcopy(model.config)
+    monkeypatch.setattr(type(config), "model_type", "unknown")
+    monkeypatch.setattr(type(processor), "__call__", None)
+    fit_processor(processor, config, "base")
+
+
 @pytest.fixture
 def base(tmp_path):
     model, processor = tiny_llava(**tiny_run.SMALL)
