@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +50,7 @@ class StopSignals(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+        self.trainer = weakref.proxy(trainer)  # no cycle: a trainer that is no longer used ends its workers at once
         self.is_active = torch.zeros((), dtype=torch.bool).share_memory_()  # workers of data loaders read it
 
     def __enter__(self) -> None:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -33,7 +34,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
+        # Not `time.monotonic` itself: workers of an earlier trainer may be ended meanwhile, within some seconds.
+        monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def slowed_down(self, function, seconds):
         def call(*args, **kwargs):
