@@ -10,9 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import cores, ordered_map, rank
@@ -320,7 +319,7 @@ def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":
     from datasets import Image, List
 
     def lists(values: pa.Array, counts: Iterable[int]) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), values)
+        return pa.ListArray.from_arrays(pa.array(list(accumulate(counts, initial=0)), pa.int32()), values)
 
     is_list = "list" in str(column.type)
     column = _cast(column, List(Image()) if is_list else Image(), "images", kind)

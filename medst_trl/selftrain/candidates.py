@@ -13,7 +13,6 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.conform import conform, with_image_ids
-from medst_trl.data.images import publishable
 from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
@@ -224,6 +223,8 @@ class CandidateGenerator:
         Return a function from one of the `candidates` of an outcome to its row, with the images of the record in
         `dataset`, see [`publishable`].
         """
+        from medst_trl.data.images import publishable  # loads NumPy and Pillow
+
         generation = self.generation()
         rows = {record_id: row for row, record_id in enumerate(dataset["id"])}
         records = with_stored_images(dataset)

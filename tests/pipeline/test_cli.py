@@ -151,7 +151,7 @@ def test_validate_exits_like_a_shell_if_its_child_is_killed(monkeypatch):
 
 def test_help_of_dpo_names_its_dataset(capsys):
     assert main(["dpo", "--help"]) == 0
-    assert "Directory or Hub id of preference pairs" in " ".join(capsys.readouterr().out.split())
+    assert "preference pairs (`medst judge`) for dpo" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

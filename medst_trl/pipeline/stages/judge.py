@@ -39,7 +39,6 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.groups import NEAR_COPY_BITS
-from medst_trl.data.images import publishable
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
@@ -282,6 +281,8 @@ def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") 
 
 def _write_preferences(args: JudgeArguments, candidates: "Dataset", preferences: Preferences) -> None:
     """Write the pairs with their images, undecoded and without metadata, and the dropped pairs."""
+    from medst_trl.data.images import publishable  # loads NumPy and Pillow
+
     output_dir, counts = Path(args.output_dir), preferences.counts
     write_jsonl(output_dir / "rejected.jsonl", preferences.rejected)
     if not preferences.train:
