@@ -115,7 +115,9 @@ def _count(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> tu
         raise UserError(f"{problem} Set these values in its processor_config.json.") from error
     try:
         with torch.device("meta"), set_zero3_state():  # under ZeRO-3, transformers would divide the parts among ranks
-            model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](deepcopy(config)).base_model
+            config = deepcopy(config)
+            config._attn_implementation = "eager"  # the only one that every machine has
+            model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).base_model
             known = signature(model.get_image_features).parameters.keys() & inputs.keys()
             # Sizes of images are numbers that decide on shapes.
             wanted = {key: inputs[key].to("meta") if inputs[key].is_floating_point() else inputs[key] for key in known}

@@ -239,7 +239,8 @@ class PrecomputesReference:
         """
         datasets = [of_set.dataset for of_set in self.all_pairs.values()]
         lengths = [length for of_set in self.all_pairs.values() for length in of_set.lengths]
-        pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
+        # With the columns that the collator gets in training.
+        pairs = ConcatDataset([with_stored_images(self._remove_unused_columns(dataset)) for dataset in datasets])
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(pairs), ranks)
         batches = self._pair_loader("looking up pairs", pairs, collate_fn=_keys_and_ids, sampler=mine, batch_size=16)

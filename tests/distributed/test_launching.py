@@ -187,8 +187,12 @@ def test_configs_do_not_set_training_arguments(path):
 )
 def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "gpu_count", lambda: 0)
-    args = SimpleNamespace(**{"load_in_4bit": False, "use_lora": True, "train_vusr": True} | options)
-    training_args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None)
+    args = SimpleNamespace(
+        **{"load_in_4bit": False, "use_lora": True, "train_vusr": True, "overwrite": False} | options
+    )
+    training_args = SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None, resume_from_checkpoint=None, output_dir="out"
+    )
     if message is None:
         TrainingStageArguments.check(args, training_args)
     else:

@@ -457,11 +457,13 @@ PASSING_ON = """
 import sys
 from medst_trl.pipeline.launch import run
 child = '''
-import signal, time
+import os, signal, time
 received = []
+def write(line):  # not by print, which a signal may interrupt
+    os.write(1, f"{line}\\\\n".encode())
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: (received.append(number), print(number, flush=True)))
-print("ready", flush=True)
+    signal.signal(number, lambda number, frame: (received.append(number), write(int(number))))
+write("ready")
 while len(received) < LIMIT:
     time.sleep(0.05)
 raise SystemExit(7)

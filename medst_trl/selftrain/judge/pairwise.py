@@ -169,10 +169,10 @@ class PairwiseJudge(JudgeSettings):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The body of every request, without its messages."""
+        """The body of every request, with no messages yet. Bodies of earlier versions have the same order."""
+        own = {"model": self.model, "messages": [], "temperature": self.temperature}
         format = {"response_format": self.prompt.response_format} if self.prompt.response_format else {}
-        own = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
-        return {**self.prompt.defaults, **format, **own}
+        return {**self.prompt.defaults, **own, **format, "max_tokens": self.max_tokens}
 
     def check_key(self) -> None:
         """Raise a [`UserError`] if the API key is missing."""
