@@ -274,7 +274,7 @@ def test_groups_of_benchmarks_are_dropped_by_default():
     assert [pair["group_id"] for pair in preferences.train] == ["5a17ed-q", None, "0ther0-p"]
     kept = build(candidates, benchmarks=[held], keep_benchmark_images=True)
     assert len(kept.train) == 4 and kept.counts["shared_with_benchmarks"]["group"] == 1
-    # Ids of other salts cannot be compared: that is no number of 0.
+    # Ids of another salt cannot be compared, so the count is missing instead of 0.
     assert build(candidates[3:], benchmarks=[held]).counts["shared_with_benchmarks"]["group"] is None
     assert "group" not in build(candidates[2:3], benchmarks=[held]).counts["shared_with_benchmarks"]
 
