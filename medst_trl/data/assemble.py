@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .groups import NEAR_COPY_BITS, GroupIds, Grouping, representatives
+from .overlap import plain_question
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
 
@@ -301,11 +302,6 @@ def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dic
     for question in questions:
         groups[tuple(_ids(question, image_ids))].append(question)
     return dict(groups)
-
-
-def plain_question(text: str) -> str:
-    """Normalize a question for comparison: lower case, single spaces."""
-    return " ".join(text.lower().split())
 
 
 def draw(key: str, seed: int) -> float:

@@ -19,8 +19,9 @@ from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, sp
 from medst_trl.data.conform import image_ids_of
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
+from medst_trl.data.overlap import Inventory
 from medst_trl.engines.engine import loads_model
-from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, Inventory, compare
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, compare
 
 from .record import RECORD_FILE, read_record
 from .stage import MODEL, STAGES

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
-from medst_trl.data.assemble import draw, plain_question
+from medst_trl.data.assemble import draw
 from medst_trl.data.groups import NEAR_COPY_BITS, Grouping, salt_of
+from medst_trl.data.overlap import plain_question
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 

@@ -13,8 +13,9 @@ from random_images import random_image
 
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.images import store_image
+from medst_trl.data.overlap import Inventory
 from medst_trl.data.schema import dialogue, features_of
-from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, Inventory, compare
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, compare
 
 
 NOTHING = {name: {"n": 0, "of": 0} for name in FIGURES}

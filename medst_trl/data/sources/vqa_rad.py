@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medst_trl.base.settings import documented
-from medst_trl.data.assemble import plain_question
+from medst_trl.data.overlap import plain_question
 from medst_trl.data.reading import find_file, read_json_records
 from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard, read_answer_type, text_value
 
