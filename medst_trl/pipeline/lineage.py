@@ -254,7 +254,7 @@ def check_contamination(
     sources = trained_on(model, run) if model else []
     if not sources and ids:  # the records of its training are gone
         sources = [TrainedOn(_source(model, run))]
-    tested, trained, compared = read_inventory(place, [benchmark] if sources else [], run), [], []
+    tested, trained, compared, seen = read_inventory(place, [benchmark] if sources else [], run), [], [], set()
     for source in sources:
         own, missing = Inventory(), {} if bits else {"near": "near_copy_bits is 0"}
         try:
@@ -266,9 +266,14 @@ def check_contamination(
             reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
             images, is_known = source.image_ids()
             missing = {name: reason for name in FIGURES if name != "exact" or not (complete or is_known)}
-        ids |= images
+            seen |= ids  # as far as can be told
+        seen |= images
         trained.append(own)
         compared.append({**source.source, "stage": source.stage, "images": len(images), "not_checked": missing})
+    if rest := ids - seen:  # data or a model that was trained on has been replaced
+        missing = dict.fromkeys(FIGURES.keys() - {"exact"}, "their data was replaced or is not here")
+        compared.append({**_source(model, run), "stage": None, "images": len(rest), "not_checked": missing})
+    ids |= seen
     figures: dict[str, dict[str, int | None]] = compare(tested, trained, ids, bits)
     for name, figure in figures.items():
         if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):

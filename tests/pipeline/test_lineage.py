@@ -268,6 +268,19 @@ def test_rows_that_were_not_trained_on_do_not_count(evaluated):
     assert numbers(checked(evaluated)) == [0, 0, 1, 0, 0]
 
 
+def test_images_whose_file_was_replaced_are_not_checked(evaluated):
+    """The fingerprint of a JSON file does not cover the images that it names."""
+    data = evaluated / "own.jsonl"
+    data.write_text(json.dumps({"images": ["1.png"], "messages": [{"role": "user", "content": "Where?"}] * 2}))
+    picture(1, side=48).save(evaluated / "1.png")
+    write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=data)
+    write_training_images(evaluated / "sft", {store_image(picture(1, side=48)).image_id}, str(evaluated / "base"))
+    assert checked(evaluated)["figures"]["near"] == {"n": 1, "of": 4}
+    picture(7).save(evaluated / "1.png")
+    found = checked(evaluated)
+    assert [("near" in one["not_checked"], one["images"]) for one in found["compared"]] == [(False, 0), (True, 1)]
+
+
 def test_groups_are_not_checked_if_the_benchmark_has_none(evaluated):
     rows = [row(picture(0), questions=["Where?"])]
     (evaluated / "prepare" / "benchmark" / "test-00000-of-00001.parquet").unlink()
