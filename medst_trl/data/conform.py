@@ -9,14 +9,13 @@ Images are neither decoded nor copied. Only texts are converted, and only in col
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from hashlib import sha256
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.processes import cores, ordered_map, rank
+from medst_trl.base.processes import rank
 
-from .schema import KINDS, Kind, bytes_of, features_of, image_part, text_part, with_stored_images
+from .schema import KINDS, Kind, features_of, image_part, text_part
 from .source import BadRecord, Question
 
 
@@ -128,69 +127,15 @@ def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: Mapping[str, Any
     return other | ({"id"} if "id" in same and pc.count_distinct(same["id"]).as_py() < len(dataset.data) else set())
 
 
-def with_image_ids(dataset: "Dataset") -> "Dataset":
-    """
-    Compute the missing `image_ids` (or `image_id`) of a dataset with the columns of a kind, see [`image_ids_of`].
-
-    All its images are then decoded once. Without such a column or without missing ids, it is returned as it is.
-    """
-    name = next((name for name in ("image_ids", "image_id") if name in dataset.features), None)
-    if name is None or not dataset.data.column(name).null_count:
-        return dataset
-    ids = image_ids_of(dataset)
-    feature = dataset.features[name]
-    ids = ids if name == "image_ids" else [row[0] for row in ids]
-    return dataset.remove_columns(name).add_column(name, ids, feature=feature)
-
-
-def image_ids_of(dataset: "Dataset") -> list[list[str]]:
-    """
-    Return the ids of the images of each row, see [`~medst_trl.data.images.image_id`]: from the column `image_ids` (or
-    `image_id`), or else from the pixels. An image that cannot be decoded has the hash of its file or path instead.
-    """
-    from tqdm.auto import tqdm
-
-    images, ids = ("images", "image_ids") if "images" in dataset.features else ("image", "image_id")
-    given = dataset[ids][:] if ids in dataset.features else [None] * len(dataset)
-    stored, known = with_stored_images(dataset.select_columns([images])), {}
-
-    def ids_of(place: int) -> list[str]:
-        found = stored[place][images]
-        return [_identify(image, known) for image in (found if isinstance(found, list) else [found])]
-
-    missing = [place for place, value in enumerate(given) if value is None]
-    bar = tqdm(missing, "image ids", unit="row", disable=None if missing and rank() == 0 else True)
-    for place, computed in zip(missing, ordered_map(ids_of, bar, cores())):
-        given[place] = computed
-    return [[value] if isinstance(value, str) else value for value in given]
-
-
-def _identify(stored: Any, known: dict[str, str]) -> str:
-    """The id of a stored image, decoded once if several rows have it."""
-    from datasets import Image
-
-    from .image_formats import to_8_bit  # loads Pillow
-    from .images import image_id
-
-    content = None
-    try:
-        content = bytes_of(stored)
-        key = sha256(content).hexdigest()
-        if key not in known:
-            known[key] = image_id(to_8_bit(Image().decode_example({"bytes": content, "path": None})))
-        return known[key]
-    except Exception:  # PIL's parsers raise almost anything on a damaged file; the stages reject it
-        return sha256(content or repr(stored).encode()).hexdigest()
-
-
-def report_unusable(problems: Sequence[str], total: int, name: str) -> None:
+def report_unusable(problems: Sequence[str], used: int, name: str) -> None:
     """
     Print how many rows of a dataset cannot be used, with the first reason.
 
     Raises:
-        UserError: if that is all of them.
+        UserError: if none is used.
     """
-    if problems and len(problems) == total:
+    total = len(problems) + used
+    if problems and not used:
         raise UserError(f"{name}: none of its {total} rows can be used. The first: {problems[0]}")
     if problems and rank() == 0:
         print(f"{name}: {len(problems)} of {total} rows cannot be used. The first: {problems[0]}")
@@ -273,7 +218,7 @@ def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str
             row = {name: [] for name in names} | {names[0]: [{"role": "user", "content": [image_part()] * count}]}
         for name in names:
             rows[name].append(row[name])
-    report_unusable(problems, len(counts), f"The {kind} data")
+    report_unusable(problems, len(counts) - len(problems), f"The {kind} data")
     return {name: _column(rows[name], features_of(kind)[name]) for name in names}
 
 
@@ -294,7 +239,7 @@ def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
                 questions[-1].append({name: getattr(found, name) for name in _QUESTION})
             except BadRecord as error:
                 problems.append(f"row {place}: {error.reason}")
-    report_unusable(problems, sum(map(len, questions)) + len(problems), "The benchmark")
+    report_unusable(problems, sum(map(len, questions)), "The benchmark")
     return _column(questions, features_of("benchmark")["questions"])
 
 

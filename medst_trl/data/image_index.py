@@ -25,8 +25,7 @@ from medst_trl.base.processes import ordered_map
 from .groups import GroupIds
 from .image_formats import ImageProblem
 from .image_settings import ImageSettings
-from .images import StoredImage, frame_index, load_image, open_image, store_image, stored_frame
-from .near_copies import hash_file
+from .images import StoredImage, frame_index, identify, load_image, open_image, store_image, stored_frame
 from .source import ImageReader, Question, Records, Rejected
 
 
@@ -271,7 +270,7 @@ def _load(reader: ImageReader, name: str) -> StoredImage:
     if isinstance(reader, FolderImages):
         return reader.load(name)
     image_id, data = reader.image_id(name), reader.stored_bytes(name)
-    return StoredImage(data, image_id, near_hash=hash_file(data))
+    return StoredImage(data, image_id, near_hash=identify(data)[1])
 
 
 def index_entries(path: Path) -> Iterator[dict]:

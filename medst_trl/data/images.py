@@ -95,6 +95,18 @@ def store_image(image: Image.Image) -> StoredImage:
     return StoredImage(_png(image), image_id(image))
 
 
+def identify(data: bytes) -> tuple[str | None, str | None]:
+    """
+    Return the [`image_id`] and the near hash of an image file in a dataset, of its picture as [`publishable`] stores
+    it; None and None if it cannot be decoded.
+    """
+    try:
+        image = _open_picture(data, math.inf, identify=True).read(0).image
+    except ImageProblem:
+        return None, None
+    return image_id(image), perceptual_hash(image)
+
+
 def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return an image of any dataset as the stages store it: upright 8-bit pixels, without metadata and path."""
     frame = _open_picture(bytes_of(stored), math.inf, identify=False).read(0)

@@ -26,7 +26,6 @@ from .conform import (
     missing_columns,
     report_unusable,
     typed_messages,
-    with_image_ids,
 )
 from .reading import read_json_records
 from .schema import KINDS, feature_of, kind_of
@@ -73,7 +72,11 @@ def load_records(
         dataset = dataset if kind is None else conform(dataset, kind)
     except UserError as error:
         raise UserError(f"{path_or_hub_id}: {error}") from None
-    return with_image_ids(dataset) if identify else dataset
+    if not identify:
+        return dataset
+    from .identify import with_image_ids  # loads NumPy and Pillow
+
+    return with_image_ids(dataset)
 
 
 def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Dataset":
@@ -145,7 +148,7 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
             rows.append(_json_row(record, columns, texts, path.parent))
         except (*MALFORMED, ImageProblem) as error:
             problems.append(f"{path.name}, record {position}: {error}")
-    report_unusable(problems, len(records), where)
+    report_unusable(problems, len(rows), where)
     return Dataset.from_list(rows, Features({name: feature_of(column) for name, column in columns.items()}))
 
 

@@ -9,21 +9,14 @@ originals by at least 76. Copies that lost 5% of width and height differ by 50 b
 are mirrored or rotated ones.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from medst_trl.base.processes import cores, ordered_map
 
-from .schema import bytes_of, with_stored_images
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _SIDE, _WAVES = 64, 16  # pixels of the reduced image; frequencies in each direction
 _MIN_CONTRAST = 1.0  # gray levels; a plain image has only the noise of its compression
@@ -54,41 +47,6 @@ def _waves() -> np.ndarray:
     """Return the rows 1 to 16 of the orthonormal cosine transform of 64 values."""
     angles = np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(1, _WAVES + 1)[:, None]
     return np.sqrt(2 / _SIDE) * np.cos(angles)
-
-
-def hash_file(data: bytes) -> str | None:
-    """Return [`perceptual_hash`] of an image file in memory; None also for a file that cannot be decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return perceptual_hash(image)
-    except Exception:  # decoders raise almost anything; who reads the image reports it
-        return None
-
-
-def hash_images(dataset: "Dataset") -> dict[str, str | None]:
-    """
-    Hash the images of a dataset, each once, on several threads.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Columns `images` and `image_ids`, or `image` and `image_id`.
-
-    Returns:
-        `dict`: `image_id` to [`perceptual_hash`].
-    """
-    from tqdm.auto import tqdm
-
-    one = "image_id" in dataset.column_names
-    ids = [[name] for name in dataset["image_id"]] if one else dataset["image_ids"]
-    places = {name: (row, place) for row, names in enumerate(ids) for place, name in enumerate(names)}
-    stored = with_stored_images(dataset).select_columns(["image" if one else "images"])
-
-    def hashed(place: tuple[int, int]) -> str | None:
-        row = stored[place[0]]
-        return hash_file(bytes_of(row["image"] if one else row["images"][place[1]]))
-
-    hashes = ordered_map(hashed, list(places.values()), cores())
-    return dict(zip(places, tqdm(hashes, "near copies", len(places), unit="image", disable=None)))
 
 
 def near_copies(

@@ -46,7 +46,7 @@ class Inventory:
             hashes (`dict`): Near hashes that are known.
             only (`set`, *optional*): Leave out rows with none of these images.
         """
-        from .near_copies import hash_images  # loads NumPy and Pillow
+        from .identify import hash_images  # loads NumPy and Pillow
 
         missing = []
         for number, (images, group, texts) in enumerate(_rows(dataset)):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
-from medst_trl.data.conform import image_ids_of
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.overlap import Inventory
@@ -179,8 +178,10 @@ def write_training_images(directory: str | Path, image_ids: Iterable[str], model
 
 
 def image_ids_in(dataset: "Dataset") -> set[str]:
-    """Return the ids of all images of a dataset of conversations or pairs. Images without an id are decoded."""
-    return {image for images in image_ids_of(dataset) for image in images}
+    """Return the ids of all images of a dataset of conversations or pairs, decoded if it has no ids."""
+    from medst_trl.data.identify import image_ids_of  # loads NumPy and Pillow
+
+    return {image for images in image_ids_of(dataset) for image in images if image}
 
 
 def _source(model: str, run: Path | None) -> dict[str, Any]:

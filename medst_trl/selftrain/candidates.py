@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
-from medst_trl.data.conform import conform, with_image_ids
+from medst_trl.data.conform import conform
 from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
 from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
@@ -181,6 +181,8 @@ class CandidateGenerator:
         Raises:
             UserError: for other columns, or repeated ids.
         """
+        from medst_trl.data.identify import with_image_ids  # loads NumPy and Pillow
+
         self.rejected = []
         dataset = with_image_ids(conform(dataset, "images"))
         make_row = self.row_maker(dataset)

@@ -78,7 +78,7 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
     print(preferences.counts)
     ```
     """
-    from medst_trl.data.near_copies import hash_images
+    from medst_trl.data.identify import hash_images
 
     by_id, used = {}, ("id", "image_ids", "prompt", "answers", "group_id")
     columns = [name for name in candidates.column_names if name in used]
@@ -209,7 +209,8 @@ def _shared_with_benchmarks(
     Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
     `"question"` or `"nothing"`; and how many share each.
     """
-    from medst_trl.data.near_copies import hash_images, near_copies
+    from medst_trl.data.identify import hash_images
+    from medst_trl.data.near_copies import near_copies
 
     questions_of, groups, hashes = defaultdict(set), set(), {}
     for benchmark in benchmarks:

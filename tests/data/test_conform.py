@@ -3,7 +3,6 @@
 """Datasets of other people in our columns: the same content in any usual form gives the same rows."""
 
 import hypothesis.strategies as st
-import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Image, LargeList, List, Value
@@ -11,7 +10,8 @@ from hypothesis import given, settings
 from PIL import Image as PILImage
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.conform import conform, image_ids_of, missing_columns, with_image_ids
+from medst_trl.data.conform import conform, missing_columns
+from medst_trl.data.identify import with_image_ids
 from medst_trl.data.images import image_id, store_image
 from medst_trl.data.schema import KINDS, dialogue, features_of, image_part, text_part
 
@@ -215,22 +215,3 @@ def test_rows_without_messages_are_rejected_as_those_that_cannot_be_read():
     dataset = Dataset.from_dict({"image": [image(1)] * 2, "messages": [dialogue([("q", "a")]), None]})
     found = conform(dataset.cast_column("image", Image()), "instruct")
     assert [turn["role"] for turn in found[1]["messages"]] == ["user"]
-
-
-def test_ids_of_images_are_computed_once_per_image_and_equal_those_of_prepare(tmp_path, monkeypatch):
-    deep = PILImage.fromarray((np.arange(20, dtype=np.uint16) * 1000).reshape(4, 5))
-    deep.save(tmp_path / "deep.png")
-    (tmp_path / "damaged.png").write_bytes(b"\x89PNG nothing")
-    paths = ["deep.png", "deep.png", "damaged.png"]
-    images = [[{"bytes": None, "path": str(tmp_path / path)}] for path in paths] + [[image(3), image(4)], []]
-    given = [None, None, None, None, ["x" * 64]]
-    dataset = Dataset.from_dict({"images": images, "image_ids": given}).cast_column("images", List(Image()))
-    decoded, stored_by_prepare = [], store_image(deep).image_id
-    monkeypatch.setattr("medst_trl.data.conform.cores", lambda: 1)  # two threads may decode one image at once
-    monkeypatch.setattr("medst_trl.data.images.image_id", lambda image: decoded.append(image) or image_id(image))
-    found = image_ids_of(dataset)
-    assert found[0] == found[1] == [stored_by_prepare] and len(decoded) == 3
-    assert len(found[2][0]) == 64 and found[2] != found[0]
-    assert found[3] == [image_id(PILImage.new("L", (5, 4), shade)) for shade in (3, 4)]
-    assert found[4] == ["x" * 64]
-    assert with_image_ids(dataset)["image_ids"][:] == found

@@ -8,15 +8,13 @@ import random
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, List
-from datasets import Image as ImageColumn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.images import image_id
-from medst_trl.data.near_copies import hash_file, hash_images, near_copies, perceptual_hash
+from medst_trl.data.near_copies import near_copies, perceptual_hash
 from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
@@ -70,10 +68,6 @@ def test_the_mode_of_an_image_makes_no_difference():
     assert perceptual_hash(image.convert("RGB")) == perceptual_hash(image) == perceptual_hash(image.copy())
 
 
-def test_a_file_that_cannot_be_decoded_has_no_hash():
-    assert hash_file(b"") is None and hash_file(b"\x89PNG\r\n") is None
-
-
 def test_phantoms_are_not_near_copies_of_each_other():
     """The demo must keep all of its pairs."""
     phantoms = [*make_phantoms(300, 0, "test"), *make_phantoms(225, 0), *make_phantoms(600, 0, "unlabelled")]
@@ -101,19 +95,6 @@ def test_pairs_are_those_of_a_loop(first, changes, bits):
     itself = list(near_copies(one, one, bits))
     assert len({frozenset(pair) for pair in itself}) == len(itself), "a pair is found twice"
     assert {*itself, *(pair[::-1] for pair in itself)} == set(near_copies(one, dict(one), bits))
-
-
-def test_images_of_datasets_are_hashed_once_whatever_their_columns_are(monkeypatch):
-    images = [drawn(n, (40, 40)) for n in range(3)]
-    ids = list(map(image_id, images))
-    rows = [{"images": [images[0], images[1]], "image_ids": ids[:2]}, {"images": [images[1]], "image_ids": [ids[1]]}]
-    several = Dataset.from_list(rows).cast_column("images", List(ImageColumn()))
-    one = Dataset.from_list(
-        [{"image": images[2], "image_id": ids[2]}],
-        Features(image=ImageColumn(), image_id=several.features["image_ids"].feature),
-    )
-    expected = {name: perceptual_hash(image) for name, image in zip(ids, images)}
-    assert hash_images(several) | hash_images(one) == expected
 
 
 @pytest.fixture

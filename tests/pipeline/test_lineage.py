@@ -302,7 +302,7 @@ def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monk
     (evaluated / "sft" / "stage.json").unlink()
     datasets = [evaluated / "a", evaluated / "b"]
     write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=datasets)
-    monkeypatch.setattr("medst_trl.data.near_copies.hash_images", None)
+    monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
     assert checked(evaluated)["figures"]["near"]["n"] == 1
     write_stage(evaluated / "prepare", "prepare", {"near_copy_bits": 0})
     assert checked(evaluated)["figures"]["near"]["n"] is None
