@@ -20,7 +20,6 @@ the vision tower (Qwen).
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
@@ -30,7 +29,7 @@ from medst_trl.base.registry import Registry
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Family:
 
 
 EXTREME_ASPECT_RATIO = "extreme_aspect_ratio"  # the reason for which records are rejected
-ASKED_FROM = 20  # aspect ratio above which a processor is asked whether it takes an image; Qwen-VL takes up to 200
+MAX_ASPECT_RATIO = 200  # Qwen-VL takes no more; LLaVA enlarges the shorter side, which makes gigabytes of a strip
 FAMILIES: Registry[Family] = Registry("family", [__name__], ["title", "model_types"])
 
 _LLAMA = frozenset({"llama", "mistral"})
@@ -112,7 +111,7 @@ for _family in (
         "qwen_vl",
         "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-        limits="extra `video`; images up to 200:1",
+        limits="extra `video`",
         packs_with=frozenset({"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}),
         shares_prompts=True,
     ),
@@ -176,29 +175,10 @@ def check_architecture(config: "PreTrainedConfig", name: str) -> None:
     )
 
 
-def why_refused(processor: "ProcessorMixin", sizes: Iterable[tuple[int, int]]) -> str | None:
-    """
-    Return why a processor cannot take an image because of its aspect ratio; None if it can.
-
-    Args:
-        processor ([`~transformers.ProcessorMixin`]):
-            Processor of a vision-language model.
-        sizes (iterable of `(int, int)`):
-            Width and height of each image, in pixels.
-    """
-    narrow = (size for size in sizes if max(size) > ASKED_FROM * min(size))
-    return next((why for size in narrow if (why := _error_of(processor, size))), None)
-
-
-@lru_cache(1024)
-def _error_of(processor: "ProcessorMixin", size: tuple[int, int]) -> str | None:
-    from PIL import Image
-
-    try:
-        processor.image_processor(Image.new("RGB", size))
-    except Exception as error:  # each processor has its own
-        return f"{size[0]} x {size[1]} pixels: {error}"
-    return None
+def aspect_ratio_error(sizes: Iterable[tuple[int, int]]) -> str | None:
+    """Describe the first image, given by width and height, whose aspect ratio no family takes; `None` if all fit."""
+    strip = next((size for size in sizes if max(size) > MAX_ASPECT_RATIO * min(size)), None)
+    return strip and f"{strip[0]} x {strip[1]} pixels, and models take at most {MAX_ASPECT_RATIO}:1"
 
 
 # --- The parts of a model --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, why_refused
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
@@ -123,7 +123,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
             except UnreadableImage:
                 rejected[id_of(example)] = "unreadable_image"
                 continue
-            if why_refused(self.processor, map(image_size, decoded["images"])):
+            if aspect_ratio_error(map(image_size, decoded["images"])):
                 rejected[id_of(example)] = EXTREME_ASPECT_RATIO
             else:
                 readable.append(decoded)

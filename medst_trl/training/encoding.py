@@ -22,7 +22,7 @@ from trl.data_utils import prepare_multimodal_messages
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import to_8_bit
 from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.families import tested_families, why_refused
+from medst_trl.policy.families import aspect_ratio_error, tested_families
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
 from .images import UnreadableImage, image_size, images_of
@@ -189,7 +189,7 @@ def conversation_lengths(
         for image in conversation.images:
             try:
                 width, height = image_size(image)
-                if why_refused(processor, [(width, height)]):
+                if aspect_ratio_error([(width, height)]):
                     raise UnreadableImage
             except UnreadableImage:  # the collator rejects its example
                 width, height = UNREADABLE_SIDE, UNREADABLE_SIDE

@@ -20,7 +20,7 @@ from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, why_refused
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
@@ -228,7 +228,7 @@ def _check_pair(
         sizes = [check_image(image) for image in images_of(example)]
     except UnreadableImage:
         return "unreadable_image", []
-    if why_refused(processor, sizes):
+    if aspect_ratio_error(sizes):
         return EXTREME_ASPECT_RATIO, []
     try:
         pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]

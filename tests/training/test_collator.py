@@ -102,15 +102,16 @@ def test_an_unreadable_image_rejects_only_its_example(damage):
     assert alone["rejected"] == {"r1": "unreadable_image"} and (alone["labels"] == IGNORED).all()
 
 
-@pytest.mark.parametrize("size", [(2, 600), (900, 3), (1, 5000)])
-def test_an_image_that_the_processor_does_not_take_rejects_only_its_example(size):
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "vicuna"])
+@pytest.mark.parametrize("size", [(2, 600), (900, 3), (1, 4000)])
+def test_an_image_of_extreme_aspect_ratio_rejects_only_its_example(size, family):
+    """LLaVA's processor would make 336 x 1,344,000 pixels of 1 x 4,000."""
     good, bad = tiny_run.conversation(0), {**tiny_run.conversation(1), "images": [Image.new("RGB", size)]}
-    batch = _collator("qwen2.5-vl")([bad, good])
+    batch = _collator(family)([bad, good])
     assert batch.pop("rejected") == {"r1": "extreme_aspect_ratio"}
-    expected = _collator("qwen2.5-vl")([good])
+    expected = _collator(family)([good])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert "rejected" not in _collator("vicuna")([bad, good])
-    assert conversation_lengths(Dataset.from_list([bad, good]), prepared_processor("qwen2.5-vl"))[1] > 0
+    assert conversation_lengths(Dataset.from_list([bad, good]), prepared_processor(family))[1] > 0
 
 
 def test_asked_turns_depend_only_on_seed_epoch_id_and_turn():

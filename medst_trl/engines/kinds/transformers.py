@@ -18,7 +18,7 @@ from medst_trl.data.schema import text_of
 from medst_trl.engines.decoding import SeededSampler, StopStrings, prompt_inputs, shares_prompts, write_texts
 from medst_trl.engines.engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling
 from medst_trl.engines.image_features import ImageFeatureCache
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, base_of, why_refused
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error, base_of
 
 
 if TYPE_CHECKING:
@@ -115,18 +115,19 @@ class TransformersEngine(BatchEngine):
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """
-        Write one text for each prompt and return the replies in the order of the prompts. Images of an aspect ratio
-        that the processor does not take are refused, with the problem `extreme_aspect_ratio`.
+        Write one text for each prompt and return the replies in the order of the prompts. Images of an extreme aspect
+        ratio are refused, with the problem `extreme_aspect_ratio`.
 
         Raises:
             UserError: if not even one text fits into memory, or the model's scores are not numbers.
         """
-        refused = {place: Reply(why, problem=EXTREME_ASPECT_RATIO) for place, why in self._refused(prompts)}
+        reasons = {place: why for place, prompt in enumerate(prompts) if (why := _refusal(prompt))}
+        refused = {place: Reply(why, problem=EXTREME_ASPECT_RATIO) for place, why in reasons.items()}
         written = iter(self._write([prompt for place, prompt in enumerate(prompts) if place not in refused], sampling))
         return [refused.get(place) or next(written) for place in range(len(prompts))]
 
     def _write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
-        """[`TransformersEngine.write`] for prompts that the processor takes."""
+        """[`TransformersEngine.write`] for prompts with images that the model takes."""
         if not prompts:
             return []
         if self._images is None:
@@ -160,8 +161,8 @@ class TransformersEngine(BatchEngine):
         import torch
         from transformers import TextIteratorStreamer
 
-        for _, why in self._refused([prompt]):
-            raise UserError(f"The model's processor cannot take the image: {why}")
+        if why := _refusal(prompt):
+            raise UserError(f"The model cannot take the image: {why}.")
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = Event()
 
@@ -239,12 +240,6 @@ class TransformersEngine(BatchEngine):
             inputs = self._images.inputs(prompts)
         return write_texts(self.model, self.processor, inputs, sampling.max_new_tokens, sampler, samples_per_prompt)
 
-    def _refused(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, str]]:
-        """Yield the place of each prompt with an image that the processor does not take, and why."""
-        for place, prompt in enumerate(prompts):
-            if why := why_refused(self.processor, (opened.image.size for opened in prompt.images)):
-                yield place, why
-
     def _lengths(self, texts: Iterable[str], images: Iterable[int]) -> list[int]:
         """Return the number of tokens of each prompt: those of its texts and of its images."""
         ids = self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -253,7 +248,7 @@ class TransformersEngine(BatchEngine):
     def _length_by_size(self, prompt: Prompt) -> int:
         """Return the number of tokens that the images and the template add: it depends on the images' sizes alone."""
         sizes = tuple(opened.image.size for opened in prompt.images)
-        if any(self._refused([prompt])):
+        if _refusal(prompt):
             return 0
         if sizes not in self._image_lengths:
             (own,) = self._lengths([_text_of(prompt)], [0])
@@ -263,6 +258,10 @@ class TransformersEngine(BatchEngine):
 
 def _sampler(prompts: Sequence[Prompt], sampling: Sampling) -> SeededSampler | None:
     return SeededSampler(sampling, [prompt.stream for prompt in prompts]) if sampling.temperature > 0 else None
+
+
+def _refusal(prompt: Prompt) -> str | None:
+    return aspect_ratio_error(opened.image.size for opened in prompt.images)
 
 
 def _text_of(prompt: Prompt) -> str:
