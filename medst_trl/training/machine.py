@@ -1,11 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What settings of a trainer need and this machine lacks: packages, an accelerator, a compiler, a launcher.
+Check before a model is loaded that this machine supports the training settings: packages, an accelerator, a compiler,
+a launcher.
 
-Libraries know this best, so each setting is tried out before anything is loaded. Trainers would find out later.
+Each check calls the library that would fail later.
 """
 
+import json
 import os
 from typing import Any
 
@@ -16,14 +18,16 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
+from medst_trl.base.errors import UserError
+
 
 _ON_CPU = "it needs a GPU, and this runs on the CPU. Remove it."
 _NO_LAUNCHER = "it needs a launcher. Set --accelerate_config zero2, zero3 or fsdp2 instead."
 _NO_LIGER = "liger-kernel is not installed (pip install liger-kernel)."
-_NOT_PYTHON = "it can be set only from Python, to a ParallelismConfig of accelerate. Remove it."
+_PYTHON_ONLY = "it can be set only from Python, to a ParallelismConfig of accelerate. Remove it."
 
 
-def lacking(args: Any, device: torch.device | None = None) -> list[str]:
+def unsupported_settings(args: Any, device: torch.device | None = None) -> list[str]:
     """
     Find settings that cannot work on this machine.
 
@@ -31,7 +35,8 @@ def lacking(args: Any, device: torch.device | None = None) -> list[str]:
         args ([`~transformers.TrainingArguments`]):
             The settings, or an object with the same attributes.
         device (`torch.device`, *optional*):
-            The device of the run. By default only packages are looked for, because another machine may run it.
+            The device of the run. By default only packages and the schedule are checked, because another machine may
+            run it.
 
     Returns:
         `list[str]`: Each such setting with its value and the reason.
@@ -39,33 +44,52 @@ def lacking(args: Any, device: torch.device | None = None) -> list[str]:
     is_run = device is not None
     on_cpu = is_run and device.type == "cpu"
     offloads = on_cpu and (args.activation_checkpointing_kwargs or {}).get("offload")
-    is_alone = is_run and "LOCAL_RANK" not in os.environ
+    has_no_launcher = is_run and "LOCAL_RANK" not in os.environ
     problems = [
         ("use_liger_kernel", not is_liger_kernel_available(), _NO_LIGER),
         ("use_liger_kernel", on_cpu, _ON_CPU),
         ("activation_offloading", on_cpu, _ON_CPU),
         ("activation_checkpointing_kwargs", offloads, _ON_CPU),
-        ("deepspeed", is_alone, _NO_LAUNCHER),
-        ("fsdp", is_alone, _NO_LAUNCHER),
-        ("parallelism_config", isinstance(args.parallelism_config, dict | str), _NOT_PYTHON),
+        ("deepspeed", has_no_launcher, _NO_LAUNCHER),
+        ("fsdp", has_no_launcher, _NO_LAUNCHER),
+        ("parallelism_config", isinstance(args.parallelism_config, dict | str), _PYTHON_ONLY),
     ]
-    found = [(name, problem) for name, lacks, problem in problems if lacks and getattr(args, name)]
-    attempts = {"report_to": _report, "optim": _optimize}
-    for name, attempt in (attempts | _WITH_DEVICE if is_run else attempts).items():
+    found = [_describe(args, name, problem) for name, lacks, problem in problems if lacks and getattr(args, name)]
+    attempts = {"report_to": _report, "lr_scheduler_type": _schedule, "optim": _optimize}
+    if is_run:
+        attempts |= {"torch_compile": _compile, "dataloader_num_workers": _load_data}
+    for name, attempt in attempts.items():
         try:
             attempt(args, device)
         except Exception as error:  # of any library
-            found.append((name, error))
-    return [f"{name} {_shown(getattr(args, name))}: {' '.join(str(problem).split())}" for name, problem in found]
+            found.append(_describe(args, name, error))
+    return found
 
 
-def _shown(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, list) else getattr(value, "value", value)
+def check_schedule(args: Any) -> None:
+    """Raise a [`UserError`] if the settings of the learning rate's schedule are incomplete, on whatever machine."""
+    try:
+        _schedule(args)
+    except Exception as error:  # of transformers or torch
+        raise UserError(_describe(args, "lr_scheduler_type", error)) from error
+
+
+def _describe(args: Any, name: str, problem: object) -> str:
+    value = getattr(args, name)
+    value = " ".join(value) if isinstance(value, list) else getattr(value, "value", value)
+    return f"{name} {value}: {' '.join(str(problem).split())}"
 
 
 def _report(args: Any, device: Any) -> None:
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
+
+
+def _schedule(args: Any, device: Any = None) -> None:
+    kwargs = args.lr_scheduler_kwargs
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs  # of a recipe, as on the command line
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
 
 
 def _optimize(args: Any, device: torch.device | None) -> None:
@@ -88,7 +112,6 @@ def _optimize(args: Any, device: torch.device | None) -> None:
         parameter.data.zero_()
         parameter.grad = torch.zeros_like(parameter)
     optimizer = optimizer_class(kwargs.pop("params", layer.parameters()), **kwargs)
-    get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     getattr(optimizer, "train", lambda: None)()
     optimizer.step()
 
@@ -102,6 +125,3 @@ def _compile(args: Any, device: torch.device) -> None:
 def _load_data(args: Any, device: Any) -> None:
     names = ("num_workers", "multiprocessing_context", "prefetch_factor", "persistent_workers")
     DataLoader([0], **{name: getattr(args, f"dataloader_{name}") for name in names})
-
-
-_WITH_DEVICE = {"torch_compile": _compile, "dataloader_num_workers": _load_data}

@@ -24,6 +24,7 @@ from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
+from medst_trl.pipeline.record import is_complete
 from medst_trl.pipeline.stage import Count, Output
 
 
@@ -60,6 +61,10 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
     with located(step.where):
+        if trains:
+            from medst_trl.training.machine import check_schedule
+
+            check_schedule(arguments[-1])
         if step.stage.check is not None:
             step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
         for settings in arguments:
@@ -69,13 +74,14 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
 
 
 def missing_packages(step: Step) -> list[str]:
-    """What the settings of a step that trains need, and this machine lacks whatever its hardware."""
-    from medst_trl.training.machine import lacking
+    """What the settings of a step that trains need, and this machine lacks. A finished step needs nothing."""
+    from medst_trl.training.machine import unsupported_settings
 
-    if not step.stage.trains:
+    if not step.stage.trains or (is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite")):
         return []
     defaults = {item.name: item.default for kind in step.stage.arguments() for item in fields(kind)}
-    return [f"{step.where}: {problem}" for problem in lacking(SimpleNamespace(**defaults | step.settings))]
+    problems = unsupported_settings(SimpleNamespace(**defaults | step.settings))
+    return [f"{step.where}: {problem}" for problem in problems]
 
 
 # Hardware

@@ -248,11 +248,11 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
             Those of its trainer.
     """
     from medst_trl.hub.cards import write_card
-    from medst_trl.training.machine import lacking
+    from medst_trl.training.machine import unsupported_settings
     from medst_trl.training.resume import resume_checkpoint
 
     args.check(training_args)
-    if found := lacking(training_args, training_args.device):
+    if found := unsupported_settings(training_args, training_args.device):
         raise UserError("\n".join(found))
     batch = Batch.of(args, training_args, training_args.world_size)
     training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it

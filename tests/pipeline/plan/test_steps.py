@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planned batches and steps equal those of the real trainer."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import read_options
-from medst_trl.pipeline.plan.steps import RecipeCounts, schedule, stage_arguments, training_examples
+from medst_trl.pipeline.plan.steps import RecipeCounts, missing_packages, schedule, stage_arguments, training_examples
 from medst_trl.pipeline.plan.validate import _launch
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES, Count
@@ -44,6 +45,23 @@ def test_an_indivisible_effective_batch_size_is_refused(settings):
     step = replace(step, num_processes=4 if settings else 3)
     with pytest.raises(UserError, match="^here: effective_batch_size 128"):
         list(_launch(step, stage_arguments(step)))
+
+
+def test_a_finished_step_needs_no_packages(tmp_path):
+    step = sft(report_to=["no_such_service"], output_dir=str(tmp_path))
+    (problem,) = missing_packages(step)
+    assert problem.startswith("here: report_to no_such_service: ")
+    record = {"stage": "sft", "status": "complete", "versions": {}, "inputs": {}, "settings": {}}
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    assert missing_packages(step) == []
+    assert missing_packages(replace(step, settings=step.settings | {"overwrite": True})) == [problem]
+
+
+def test_an_incomplete_schedule_is_refused_before_it_runs():
+    with pytest.raises(UserError, match="^here: lr_scheduler_type cosine_with_min_lr: One of min_lr"):
+        stage_arguments(sft(lr_scheduler_type="cosine_with_min_lr"))
+    settings = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-6}'}
+    assert stage_arguments(sft(**settings)) and missing_packages(sft(**settings)) == []
 
 
 @pytest.mark.parametrize(
