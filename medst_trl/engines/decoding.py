@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # Tokens per call of `generate`: with fewer, finished texts leave sooner; with more, less time goes to starting calls.
 STEPS_PER_CALL = 32
 
-# Settings of `generate` beside transformers' defaults. Of the model's generation config only `generation.HONOURED`
-# counts: other settings change the distribution or the way of decoding, or count from the start of a call, and a text
-# may take several calls.
+# Settings of `generate` beside transformers' defaults. Of the model's generation config only `USED_SETTINGS` count:
+# other settings change the distribution or the way of decoding, or count from the start of a call, and a text may take
+# several calls.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True,
     "use_cache": True,  # configurations saved after gradient checkpointing may disable it

@@ -244,8 +244,9 @@ def add_embedding_row(model: "PreTrainedModel", token_id: int) -> None:
     from peft.utils.integrations import gather_params_ctx
 
     embedding = model.get_input_embeddings()
-    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token has wrapped the layer.
-    rows = getattr(embedding, "original_module", embedding).num_embeddings
+    # Under ZeRO-3 the weight itself has no rows; an adapter that trains the token or the layer has wrapped it.
+    embedding = getattr(embedding, "original_module", getattr(embedding, "base_layer", embedding))
+    rows = embedding.num_embeddings
     if token_id < rows:
         return
     model.resize_token_embeddings(token_id + 1, mean_resizing=False)

@@ -1,42 +1,45 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What of a model's generation config (`generation_config.json`) is used, ignored, repaired or refused.
+Select and validate the generation settings of a model (`generation_config.json`).
 
-Texts are written by our own settings, so that results depend on nothing else: of the generation config, only the
-settings in `HONOURED` count ([`ignored_settings`] lists the others that would change a text). All others are kept for
-tools that load a saved model, unless transformers would refuse to save them.
+Texts are written by our own settings, so that results depend on nothing else: of the model's, only `USED_SETTINGS`
+count. A loaded policy keeps those, and its sampling settings for tools that load a saved model.
 """
 
+import json
+import logging
 import operator
 import re
-import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, NoBadWordsLogitsProcessor, PreTrainedModel, SequenceBiasLogitsProcessor
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import read_object
+from medst_trl.base.processes import rank
 
 from .adapters import find_model_file
 
 
+logger = logging.getLogger(__name__)
+
 # Which tokens or strings end a text, and which tokens never appear in one.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
-HONOURED = (*TOKENS, "stop_strings")
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # each stage has settings for these
-# The length is another setting of a stage, and the cache changes no text.
-_WITHOUT_EFFECT = (
-    "max_length", "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
-    "return_dict_in_generate", "disable_compile", "continuous_batching_config", "transformers_version",
+USED_SETTINGS = (*TOKENS, "stop_strings")
+# Each stage has settings for the first four. transformers saves the others only beside `do_sample`.
+_SAMPLING = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 )  # fmt: skip
-_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # what transformers raises on settings
+# The length is another setting of a stage, and the cache changes no text.
+_WITHOUT_EFFECT = re.compile("_|output_|max_|use_cache|cache_|return_dict|disable_compile|continuous|transformers_")
 
 
-def reduced_generation_config(name_or_path: str, revision: str | None = None) -> GenerationConfig | None:
+def read_generation_config(name_or_path: str, revision: str | None = None) -> GenerationConfig | None:
     """
-    Read the generation config of a model if transformers would refuse it, reduced to the settings that are used and
-    those of sampling, with a warning.
+    Read what is used of a model's generation settings, and warn of others that would change a text.
 
     Args:
         name_or_path (`str`):
@@ -45,29 +48,30 @@ def reduced_generation_config(name_or_path: str, revision: str | None = None) ->
             Hub revision.
 
     Returns:
-        [`~transformers.GenerationConfig`] or `None`: `None` for a file that transformers can read.
+        [`~transformers.GenerationConfig`] or `None`: `None` without a file.
+
+    Raises:
+        UserError: if the file is damaged, or a setting that is used is invalid.
     """
     path = find_model_file(name_or_path, "generation_config.json", revision, local_files_only=False)
-    settings = read_object(path) if path else {}
-    try:
-        GenerationConfig(**settings)
+    if path is None:
         return None
-    except _ERRORS as error:
-        kept = {name: settings[name] for name in (*HONOURED, *_SAMPLING) if name in settings}
-        ignored = ", ".join(sorted(settings.keys() - kept.keys() - {*_WITHOUT_EFFECT[-1:], "_from_model_config"}))
-        warnings.warn(
-            f"generation_config.json of {name_or_path!r} is invalid ({error}). Ignored: {ignored}.", stacklevel=2
-        )
-        return GenerationConfig(**kept)
+    with _named(name_or_path):
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        config = _reduced(settings)
+    unused = GenerationConfig().to_dict().keys() - {*USED_SETTINGS, *_SAMPLING[:4]}
+    ignored = [name for name in sorted(unused & settings.keys()) if settings[name] not in (None, 0, 1)]
+    ignored = [name for name in ignored if not _WITHOUT_EFFECT.match(name)]
+    if ignored and rank() == 0:
+        logger.warning(f"Settings in generation_config.json of {name_or_path!r} not used: {', '.join(ignored)}.")
+    return config
 
 
 def prepare_generation_config(
     model: PreTrainedModel, stop_token_ids: list[int], pad_token_id: int, vusr_token_id: int | None
 ) -> None:
     """
-    Add the tokens of a policy to the generation config of its model, in place, and change what transformers would
-    refuse to save. It accepts sampling values only beside `do_sample`, which is set unless the config turns it off.
-    Other settings without effect are removed.
+    Reduce the generation config of a model to what is used or can always be saved, and add the tokens of a policy.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -82,53 +86,48 @@ def prepare_generation_config(
     Raises:
         UserError: if a setting that is used is invalid.
     """
-    config, rows = model.generation_config, model.config.get_text_config().vocab_size
-    try:
-        ends, strings = config.eos_token_id, config.stop_strings
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        config.eos_token_id = list(dict.fromkeys(map(operator.index, [*ends, *stop_token_ids])))
-        if config.pad_token_id is None or config.pad_token_id < 0:  # the original Llama's is -1
+    with _named(model.name_or_path):
+        config = model.generation_config = _reduced(vars(model.generation_config))
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.eos_token_id = [token for token in dict.fromkeys([*ends, *stop_token_ids]) if token is not None]
+        if config.pad_token_id is None:
             config.pad_token_id = pad_token_id
-        never = {*map(operator.index, config.suppress_tokens or ()), vusr_token_id} - {None}
-        config.suppress_tokens = sorted(never) or None
-        config.stop_strings = list(filter("".__ne__, [strings] if isinstance(strings, str) else strings or ())) or None
-        "".join(config.stop_strings or ())
-        config.bad_words_ids, config.sequence_bias = config.bad_words_ids or None, config.sequence_bias or None
-        ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, rows)
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
+        ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.get_text_config().vocab_size)
         if config.bad_words_ids:
             NoBadWordsLogitsProcessor(config.bad_words_ids, torch.tensor(config.eos_token_id))(ids, scores)
         if config.sequence_bias:
             SequenceBiasLogitsProcessor(config.sequence_bias)(ids, scores)
-        _repair(config, model.name_or_path)
-    except _ERRORS as error:
-        raise UserError(
-            f"The generation_config.json of {model.name_or_path!r} cannot be used ({error}). Correct or remove "
-            f"{', '.join(HONOURED)}, or what the message names."
-        ) from error
 
 
-def _repair(config: GenerationConfig, name: str) -> None:
-    """Change what transformers refuses to save, with a warning."""
+def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
+    """Return a config of the settings that are used or can always be saved."""
+    names = (*USED_SETTINGS, *_SAMPLING, "repetition_penalty")
+    kept = {name: value for name in names if (value := settings.get(name)) not in (None, [], "", [""])}
+    for name in {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"} & kept.keys():
+        is_list = name == "suppress_tokens" or isinstance(kept[name], list)
+        kept[name] = list(map(operator.index, kept[name])) if is_list else operator.index(kept[name])
+    if kept.get("pad_token_id", 0) < 0:  # the original Llama's is -1
+        del kept["pad_token_id"]
+    if strings := kept.get("stop_strings"):
+        kept["stop_strings"] = [strings] if isinstance(strings, str) else list(filter("".__ne__, strings))
+        "".join(kept["stop_strings"])
+    neutral = GenerationConfig._get_default_generation_params()
+    effective = {name for name in _SAMPLING[1:] if kept.get(name, neutral.get(name)) != neutral.get(name)}
+    if kept.get("do_sample") is False or kept.get("temperature") == 0:
+        kept = {name: value for name, value in kept.items() if name not in effective}
+    elif effective:
+        kept["do_sample"] = True
+    return GenerationConfig(**kept)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the model whose settings the libraries refuse."""
     try:
-        return config.validate(strict=True)
-    except ValueError as error:
-        problems = dict(re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE))
-        if not problems:
-            raise
-    samples = config.do_sample is None and config.temperature != 0
-    sampling = {key for key, reason in problems.items() if samples and reason.startswith("`do_sample`")}
-    changes = ["with do_sample"] if sampling else []
-    config.do_sample = True if sampling else config.do_sample
-    for key in sorted(problems.keys() - sampling):
-        setattr(config, key, None)
-        changes.append(f"without {key}")
-    problem = f"The generation_config.json of {name!r} is invalid."
-    warnings.warn(f"{problem} A trained model is saved {', '.join(changes)}.", stacklevel=4)
-
-
-def ignored_settings(config: GenerationConfig) -> list[str]:
-    """Return the names of the settings of a generation config that would change a text, but are not used."""
-    defaults = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
-    others = sorted(defaults.keys() - {*HONOURED, *_SAMPLING, *_WITHOUT_EFFECT})
-    changed = [name for name in others if getattr(config, name, None) not in (None, False, defaults[name])]
-    return [name for name in changed if not name.startswith(("_", "output_"))]
+        yield
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"The generation_config.json of {name!r} cannot be used ({error}). Correct or remove the file, or the "
+            f"setting that is wrong ({', '.join(USED_SETTINGS)} or one that the message names)."
+        ) from error

@@ -21,7 +21,7 @@ from medst_trl.base.settings import check_choice
 from . import DTYPES
 from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import add_embedding_row, check_family, model_parts, on_meta
-from .generation import prepare_generation_config, reduced_generation_config
+from .generation import prepare_generation_config, read_generation_config
 from .image_tokens import fit_processor
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
@@ -183,9 +183,9 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adap
     """
     of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
     failed = f"No vision-language model could be loaded from {base!r}{of if adapter else ''}: "
+    if (generation := read_generation_config(base, kwargs["revision"])) is not None:
+        kwargs = kwargs | {"generation_config": generation}
     try:
-        if (reduced := reduced_generation_config(base, kwargs["revision"])) is not None:
-            kwargs = kwargs | {"generation_config": reduced}
         model, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )

@@ -30,7 +30,7 @@ from medst_trl.engines.decoding import (
 from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream, to_answer, to_ask
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.policy.families import FAMILIES
-from medst_trl.policy.generation import HONOURED
+from medst_trl.policy.generation import USED_SETTINGS
 
 
 WIDE, HIGH, SQUARE = (
@@ -210,7 +210,7 @@ GENERATION_SETTINGS = {
 
 def test_every_setting_of_a_generation_config_is_used_or_ignored():
     known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
-    assert known == GENERATION_SETTINGS.keys() | set(HONOURED)
+    assert known == GENERATION_SETTINGS.keys() | set(USED_SETTINGS)
 
 
 @pytest.mark.parametrize("name", GENERATION_SETTINGS)

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings in generation_config.json: what is used, ignored, repaired before it is saved, or refused."""
+"""Settings in generation_config.json: what is used, ignored, saved or refused."""
 
 import json
 import warnings
@@ -17,7 +17,6 @@ from medst_trl.base.errors import UserError
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, to_answer
 from medst_trl.engines.kinds.transformers import TransformersEngine
-from medst_trl.policy.generation import HONOURED, ignored_settings
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 
@@ -27,7 +26,7 @@ SAMPLING_VALUES = {
     "temperature": st.floats(0.1, 2.0), "top_p": st.floats(0.1, 1.0), "top_k": st.integers(0, 100),
     "min_p": st.floats(0.1, 0.9), "typical_p": st.floats(0.1, 1.0), "epsilon_cutoff": st.floats(0.0, 0.9),
 }  # fmt: skip
-# Settings without effect, which transformers loads with a warning and refuses to save once the config has changed.
+# Settings without effect, which transformers refuses to save once the config has changed.
 WITHOUT_EFFECT = {
     "early_stopping": True, "length_penalty": 2.0, "output_scores": True, "cache_implementation": "static",
     "pad_token_id": -1,
@@ -68,10 +67,9 @@ def saved(model, directory):
 @given(st.fixed_dictionaries({}, optional=SAMPLING_VALUES), st.sampled_from([None, True, False]))
 def test_sampling_values_are_saved_unless_sampling_is_off(tmp_path_factory, values, do_sample):
     model, processor = deepcopy(small_base())
-    with warnings.catch_warnings(action="ignore"):
-        model.generation_config = GenerationConfig(**values, do_sample=do_sample)
-        prepare_policy(model, processor)
-        config = saved(model, tmp_path_factory.mktemp("saved"))
+    model.generation_config = GenerationConfig(**values, do_sample=do_sample)
+    prepare_policy(model, processor)
+    config = saved(model, tmp_path_factory.mktemp("saved"))
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0}
     matters = {name: value for name, value in values.items() if value != neutral.get(name)}
     if do_sample is None and matters:
@@ -83,9 +81,8 @@ def test_sampling_values_are_saved_unless_sampling_is_off(tmp_path_factory, valu
 
 
 @pytest.mark.parametrize("temperature, do_sample", [(0.9, True), (0.0, None)])
-def test_a_base_with_sampling_values_is_loaded_with_a_warning_and_saved(directory, tmp_path, temperature, do_sample):
-    match = "saved with do_sample." if do_sample else "saved without temperature, without top_p."
-    with pytest.warns(UserWarning, match=match):
+def test_a_base_with_sampling_values_is_loaded_and_saved(directory, tmp_path, temperature, do_sample):
+    with warnings.catch_warnings(action="error"):
         model, _ = load(directory, temperature=temperature, top_p=0.6)
     config = saved(model, tmp_path)
     assert (config.do_sample, config.temperature) == (do_sample, temperature or None)
@@ -95,23 +92,20 @@ def test_a_base_with_sampling_values_is_loaded_with_a_warning_and_saved(director
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_settings_without_effect_are_not_saved(directory, tmp_path, use_cache):
     others = {} if use_cache else {"cache_implementation": "static"}
-    with pytest.warns(UserWarning, match="without early_stopping, without length_penalty, without output_scores"):
-        model, _ = load(directory, **(WITHOUT_EFFECT | others), use_cache=use_cache)
+    model, _ = load(directory, **(WITHOUT_EFFECT | others), use_cache=use_cache)
     config = saved(model, tmp_path)
     assert (config.early_stopping, config.length_penalty, config.pad_token_id) == (None, None, 3)
-    assert config.cache_implementation == ("static" if use_cache else None)
+    assert config.cache_implementation is None
     assert TransformersEngine(*load_policy(str(directory))).write(PROMPTS, Sampling(temperature=0.0))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_config_that_transformers_refuses_is_reduced_to_what_is_used(directory, tmp_path, name):
     used = {"stop_strings": ["#"], "suppress_tokens": [5]}
-    ignored = ", ".join(sorted([name, "repetition_penalty"]))
-    with pytest.warns(UserWarning, match=f"is invalid .*Ignored: {ignored}.$"):
-        model, _ = load(directory, repetition_penalty=1.5, **used, **{name: REFUSED[name]})
+    model, _ = load(directory, no_repeat_ngram_size=3, **used, **{name: REFUSED[name]})
     config = saved(model, tmp_path)
     assert {key: getattr(config, key) for key in used} == used | {"suppress_tokens": [5, VUSR_ID]}
-    assert config.repetition_penalty is None
+    assert config.no_repeat_ngram_size is None and getattr(config, name, None) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +114,12 @@ def test_a_config_that_transformers_refuses_is_reduced_to_what_is_used(directory
         ("eos_token_id", "</s>"),
         ("eos_token_id", 2.0),
         ("eos_token_id", [2, None]),
+        ("bos_token_id", "1"),
+        ("bos_token_id", [1, "2"]),
+        ("pad_token_id", "3"),
+        ("pad_token_id", [3]),
         ("suppress_tokens", "x"),
+        ("suppress_tokens", 5),
         ("bad_words_ids", [5]),
         ("bad_words_ids", [[5000]]),
         ("sequence_bias", {"(5,)": 1.0}),
@@ -134,9 +133,12 @@ def test_a_used_setting_that_is_invalid_is_refused(directory, name, value):
         load(directory, **{name: value})
 
 
-def test_an_invalid_pad_token_is_refused(directory):
-    with pytest.raises(UserError, match="No vision-language model could be loaded from .*TypeError"):
-        load(directory, pad_token_id=[3])
+@pytest.mark.parametrize("content", ["{", "", "[1, 2]", '"text"', "5", "\xff"])
+def test_a_damaged_file_is_refused(directory, content):
+    """transformers would take other tokens instead, with which texts may not end."""
+    (directory / "generation_config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="generation_config.json of .* cannot be used .*Correct or remove the file"):
+        load_policy(str(directory))
 
 
 @pytest.mark.parametrize("empty", [[], "", [""], None])
@@ -153,23 +155,19 @@ def test_settings_in_the_configuration_of_the_model_count_as_well(directory, tmp
         for changed in (config | values, config | {"text_config": config["text_config"] | values}):
             (directory / "config.json").write_text(json.dumps(changed))
             (directory / "generation_config.json").unlink(missing_ok=True)
-            with pytest.warns(UserWarning, match="saved with do_sample"):
-                policy = load_policy(str(directory))
+            policy = load_policy(str(directory))
             assert TransformersEngine(*policy).write(PROMPTS, Sampling(temperature=0.0, max_new_tokens=4))
             assert saved(policy[0], tmp_path).do_sample
     finally:
         (directory / "config.json").write_text(json.dumps(config))
 
 
-def test_the_engine_names_ignored_settings_that_would_change_a_text(directory, capsys):
+def test_ignored_settings_that_would_change_a_text_are_named(directory, caplog):
     changes = {"repetition_penalty": 1.5, "num_beams": 2, "no_repeat_ngram_size": 3, "forced_eos_token_id": 2}
     without = {"temperature": 0.3, "do_sample": True, "max_length": 99, "use_cache": False, "chat_format": "raw"}
-    TransformersEngine(*load(directory, **changes, **without, stop_strings=["#"], repetition_penalty_=1))
-    out = capsys.readouterr().out
-    assert f"generation_config.json that are not used: {', '.join(sorted(changes))}." in out
-    TransformersEngine(*load(directory, **without, num_beams=1, repetition_penalty=1.0, transformers_version="4.30.0"))
-    assert "not used" not in capsys.readouterr().out
-
-
-def test_no_setting_that_is_used_is_named_as_ignored():
-    assert not set(HONOURED) & set(ignored_settings(GenerationConfig(stop_strings=["#"], eos_token_id=5)))
+    load(directory, **changes, **without, stop_strings=["#"], repetition_penalty_=1)
+    (message,) = caplog.messages
+    assert "generation_config.json" in message and message.endswith(f" not used: {', '.join(sorted(changes))}.")
+    caplog.clear()
+    load(directory, **without, num_beams=1, repetition_penalty=1.0, transformers_version="4.30.0")
+    assert not caplog.messages

@@ -65,6 +65,7 @@ CASES = {
     "embedding": {"modules": ["embed_tokens"]},
     "output": {"modules": ["lm_head"]},
     "LoRA": {"modules": None, "targets": r".*(language_model.*q_proj|embed_tokens|lm_head)$"},
+    "LoRA on the embedding": {"modules": None, "targets": r".*(language_model.*q_proj|embed_tokens)$"},
     "new tokens": {"tokens": ["<new>", "<newer>"]},
     "padded": {"rows": 1088},
     "padded, new tokens": {"rows": 1088, "tokens": ["<new>", "<newer>"]},
@@ -114,7 +115,7 @@ def run(stage, output_dir, **options):
     return output_dir
 
 
-@pytest.mark.parametrize("case", ["both", "tied", "padded"])
+@pytest.mark.parametrize("case", ["both", "tied", "padded", "LoRA on the embedding"])
 def test_both_stages_train_it_further_and_it_can_be_merged(tmp_path, case):
     save_adapter(tmp_path, **CASES[case])
     judged = {"image_ids": ["x"], "score_chosen": 9.0, "score_rejected": 2.0, "judge": "{}"}

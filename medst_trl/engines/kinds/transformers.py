@@ -89,8 +89,6 @@ class TransformersEngine(BatchEngine):
     name = "transformers"
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin", batch_size: int | None = None):
-        from medst_trl.policy.generation import ignored_settings
-
         # An adapter's layers are inside its base model, and that is the one whose `forward` has the arguments.
         self.model = base_of(model)
         self.processor = processor
@@ -110,8 +108,6 @@ class TransformersEngine(BatchEngine):
                 "them between texts is not tested for this family."
             )
         self._image_lengths: dict[Any, int] = {}
-        if rank() == 0 and (ignored := ignored_settings(self.model.generation_config)):
-            print(f"Settings of the model's generation_config.json that are not used: {', '.join(ignored)}.")
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """
