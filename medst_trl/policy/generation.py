@@ -57,7 +57,7 @@ def read_generation_config(name_or_path: str, revision: str | None = None) -> Ge
     if path is None:
         return None
     with _named(name_or_path):
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        settings = json.loads(path.read_text(encoding="utf-8"))
         config = _reduced(settings)
     unused = GenerationConfig().to_dict().keys() - {*USED_SETTINGS, *_SAMPLING[:4]}
     ignored = [name for name in sorted(unused & settings.keys()) if settings[name] not in (None, 0, 1)]

@@ -133,7 +133,7 @@ def test_a_used_setting_that_is_invalid_is_refused(directory, name, value):
         load(directory, **{name: value})
 
 
-@pytest.mark.parametrize("content", ["{", "", "[1, 2]", '"text"', "5", "\xff"])
+@pytest.mark.parametrize("content", ["{", "", "[]", '"text"', "5", "\xff"])
 def test_a_damaged_file_is_refused(directory, content):
     """transformers would take other tokens instead, with which texts may not end."""
     (directory / "generation_config.json").write_text(content, encoding="latin-1")

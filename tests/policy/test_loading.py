@@ -224,7 +224,6 @@ def test_weights_of_another_shape_are_refused(base):
         ("model.safetensors", ""),
         ("model.safetensors", "{}"),
         ("config.json", "[]"),
-        ("generation_config.json", "[]"),
         ("processor_config.json", "[]"),
         ("tokenizer_config.json", "[]"),
         ("tokenizer.json", "{}"),
