@@ -5,18 +5,19 @@ DICOM files, shown as a radiologist sees them. The header is dropped.
 
 Gray values go through the modality LUT and a window (linear, exact or sigmoid), whose two ends become 0 and 255: the
 one that the settings give, or one of the file's. Without a window they go through the VOI LUT if there is one. Without
-either, CT is shown as soft tissue (40 HU, 400 wide), because the range from air to metal leaves organs the same gray;
-other images by their own minimum..maximum. Padding around the image is black and does not count. MONOCHROME1 is
-inverted, so that white is dense. Color (RGB, YBR, palette) of 8 bits is taken as it is, of 16 bits by its high bytes.
+either, CT in Hounsfield units (HU) is shown as soft tissue (center 40, width 400), because the range from air to metal
+leaves organs the same gray; other images by their own minimum..maximum. Padding around the image is black and does not
+count. MONOCHROME1 is inverted, so that white is dense. Color (RGB, YBR, palette) of 8 bits is taken as it is, of 16
+bits by its high bytes.
 """
 
 import io
+import warnings
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 from PIL import Image
-
-from medst_trl.base.errors import UserError
 
 from .image_formats import Frame, Frames, ImageProblem, check_pixels, image_problem, rescale
 from .image_settings import ImageSettings
@@ -24,24 +25,21 @@ from .image_settings import ImageSettings
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
 
+warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which they may quote
+
 
 def open_dicom(data: bytes, settings: ImageSettings) -> Frames:
     """
     Open a DICOM file.
 
     Raises:
-        ImageProblem: `not_an_image` (no pixels, or not a DICOM file), `too_large`, `burned_in_annotation`; when a
-            frame is read, `truncated`, `bad_window`, `unsupported` (a compression without a decoder, an unknown color
-            space).
-        UserError: if pydicom is not installed.
+        ImageProblem: `not_an_image` (no pixels, or not a DICOM file), `too_large`, `burned_in_annotation`,
+            `unsupported` (a size below 1); when a frame is read, `truncated`, `bad_window`, `unsupported` (a
+            compression without a decoder, an unknown color space).
+        ImportError: if pydicom is not installed.
     """
-    try:
-        import pydicom
-    except ImportError:
-        raise UserError(
-            "There are DICOM files among the images, and reading them needs pydicom. "
-            "Install it with `pip install 'medst_trl[dicom]'`."
-        ) from None
+    import pydicom
+
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True)
         pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -53,6 +51,8 @@ def open_dicom(data: bytes, settings: ImageSettings) -> Frames:
         raise
     except Exception as error:  # the message of pydicom may quote the header
         raise ImageProblem("not_an_image", type(error).__name__) from None
+    if min(width, height, count) < 1:
+        raise ImageProblem("unsupported", f"{count} frames of {width} x {height} pixels")
     check_pixels(width, height, settings.max_pixels)
     if is_marked and not settings.accept_burned_in:
         raise ImageProblem("burned_in_annotation", "text in the picture; --accept_burned_in true accepts it")
@@ -75,16 +75,18 @@ def _groups(header) -> dict[str, str]:
 def _read(header, settings: ImageSettings, index: int) -> Frame:
     from pydicom.pixels import apply_color_lut, pixel_array
 
+    colors = _text(header, "PhotometricInterpretation")
+    if not colors.startswith(("MONOCHROME", "PALETTE", "RGB", "YBR")):
+        raise ImageProblem("unsupported", "unknown photometric interpretation")
     with image_problem("truncated"), image_problem("unsupported", (NotImplementedError, RuntimeError, AttributeError)):
         values = pixel_array(header, index=index)  # turns YBR into RGB
-    colors = header.get("PhotometricInterpretation", "")
     with image_problem("bad_window"):
         if colors == "PALETTE COLOR":
             values = apply_color_lut(values, header)
         if values.ndim == 3 and values.shape[2] == 3:
             return Frame(Image.fromarray((values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)))
         if values.ndim != 2 or not colors.startswith("MONOCHROME"):
-            raise ImageProblem("unsupported", f"photometric interpretation {colors!r}")
+            raise ImageProblem("unsupported", f"{colors} of shape {values.shape}")
         gray, note = _gray(values, _attributes(header, index), _text(header, "Modality").upper(), settings)
     return Frame(Image.fromarray(gray), note=note)
 
@@ -106,30 +108,44 @@ def _attributes(header, index: int):
 
 def _gray(values: np.ndarray, header, modality: str, settings: ImageSettings) -> tuple[np.ndarray, str]:
     """Return the stored values (height, width) of a frame as bytes of the same shape, and a note."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+    from pydicom.pixels import apply_modality_lut, apply_voi
 
-    padding, note = _padding(values, header), ""
-    is_hounsfield = modality == "CT" and (_text(header, "RescaleType") or "HU").upper() == "HU"
-    # Without an intercept, unsigned values cannot be in HU, where air is negative.
-    is_hounsfield &= "RescaleIntercept" in header or values.dtype.kind != "u"
-    values = apply_modality_lut(values, header)
-    windows = [header[name].VM if name in header else 0 for name in ("WindowCenter", "WindowWidth")]
-    if settings.shown_range and modality in ("CT", ""):
+    padding, kind = _padding(values, header), modality if modality.isalpha() else "DICOM"
+    # Neither unsigned values without an intercept nor 8 bits (a screen shot) can be in HU, where air is negative.
+    can_be_hounsfield = values.dtype.itemsize > 1 and ("RescaleIntercept" in header or values.dtype.kind != "u")
+    is_hounsfield = can_be_hounsfield and modality == "CT" and (_text(header, "RescaleType") or "HU").upper() == "HU"
+    if header.get("RescaleSlope") == 0:
+        raise ImageProblem("unsupported", "RescaleSlope is 0")
+    values, note = apply_modality_lut(values, header), ""
+    if settings.shown_range and is_hounsfield:
         gray = rescale(values, *settings.shown_range)
-    elif all(windows):
-        if settings.window_index >= max(windows):
-            raise ImageProblem("bad_window", f"window is {settings.window}, but the file has {max(windows)}")
-        # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
-        with np.errstate(over="ignore"):
-            ends = apply_windowing(np.array([-1e12, 1e12]), header, settings.window_index)
-            gray = rescale(apply_windowing(values, header, settings.window_index), *ends)
     else:
-        has_lut = bool(header.get("VOILUTSequence"))
-        note = "" if has_lut else f"{modality if modality.isalpha() else 'DICOM'}_images_without_window"
-        shown = np.where(padding, np.nan, apply_voi_lut(values, header))  # the values themselves without a LUT
-        gray = rescale(shown, *(SOFT_TISSUE if is_hounsfield and not has_lut else ()))
+        gray = _windowed(values, header, settings.window_index)
+        if gray is None and settings.window_index:
+            gray, note = _windowed(values, header, 0), f"{kind}_images_without_window_{settings.window}"
+        if gray is None:
+            has_lut = bool(header.get("VOILUTSequence"))
+            note = "" if has_lut else f"{kind}_images_without_window"
+            shown = np.where(padding, np.nan, apply_voi(values, header))  # the values themselves without a LUT
+            gray = rescale(shown, *(SOFT_TISSUE if is_hounsfield and not has_lut else ()))
+        if settings.shown_range and modality in ("CT", ""):
+            note = f"{kind}_images_not_in_HU"
     gray = 255 - gray if header.PhotometricInterpretation == "MONOCHROME1" else gray
     return np.where(padding, np.uint8(0), gray), note
+
+
+def _windowed(values: np.ndarray, header, index: int) -> np.ndarray | None:
+    """Apply one of the file's windows; None if there is none, or it cannot be used (a width of 0)."""
+    from pydicom.pixels import apply_windowing
+
+    numbers = [header[name].VM if name in header else 0 for name in ("WindowCenter", "WindowWidth")]
+    if not all(numbers) or index >= max(numbers):
+        return None
+    # The range of the result depends on the header in many ways, so ask the window itself for its two ends.
+    with suppress(Exception), np.errstate(over="ignore"):
+        ends = apply_windowing(np.array([-1e12, 1e12]), header, index)
+        return rescale(apply_windowing(values, header, index), *ends)
+    return None
 
 
 def _padding(values: np.ndarray, header) -> np.ndarray:

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], 
     """
     Turn errors of a decoder, which raises almost anything on a damaged file, into an [`ImageProblem`].
 
-    Of several in one `with`, the last is tried first.
+    If a `with` has several, the rightmost applies first.
     """
     try:
         yield
@@ -103,12 +104,15 @@ class Frames:
             Index of the one in the middle.
         groups (`dict`):
             See [`StoredImage`].
+        lock (`threading.Lock`):
+            Held while a frame is read: decoders are not made for several threads.
     """
 
     count: int
     read: Callable[[int], Frame]
     middle: int = 0
     groups: dict[str, str] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
 
 
 # --- 8-bit pixels ----------------------------------------------------------------------------------------------------

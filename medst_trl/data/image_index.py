@@ -6,11 +6,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -22,15 +22,16 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.processes import ordered_map
 
-from .groups import GroupIds
+from .groups import GroupIds, salt_of
 from .image_formats import ImageProblem
 from .image_settings import ImageSettings
-from .images import StoredImage, frame_index, identify, load_image, open_image, store_image, stored_frame
-from .source import ImageReader, Question, Records, Rejected
+from .images import StoredImage, load_frame, open_image, store_image
+from .images import identify as identify_file
+from .source import DICOM_SUFFIXES, Conversation, ImageReader, Records, Rejected
 
 
 INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` writes
-_FRAME = re.compile(r"#([1-9]\d{0,8})$")
+_FRAME = re.compile(r"#(\d{1,9})$")
 
 
 def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: bool = False) -> Path:
@@ -62,19 +63,15 @@ class FolderImages:
 
     `scan.dcm#3` is the third frame of `scan.dcm`, unless a file has this name.
 
-    Bytes that were read for an id are kept for writing as long as there is room, so that a benchmark is read once.
-
     Args:
         directory (`pathlib.Path`): Where all names start.
         settings ([`ImageSettings`], *optional*): How to read them.
-        room (`int`, *optional*, defaults to 256 MiB): Bytes of images to keep.
     """
 
-    def __init__(self, directory: Path, settings: ImageSettings | None = None, room: int = 1 << 28):
-        self.directory, self.settings, self._room = directory, settings or ImageSettings(), room
-        self._kept: dict[str, bytes] = {}
-        self._lock = Lock()  # files of several frames are decoded by one thread, and not by each again
-        self._opened = lru_cache(maxsize=2)(open_image)
+    def __init__(self, directory: Path, settings: ImageSettings = ImageSettings()):  # noqa: B008 (frozen)
+        self.directory, self.settings = directory, settings
+        self._lock = Lock()  # one thread opens a file of several frames, for all threads
+        self._open_once = lru_cache(maxsize=2)(open_image)
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse a directory that has none of the images, if another one near it has some of the first few."""
@@ -98,10 +95,10 @@ class FolderImages:
         return path, None
 
     def files(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield the files that names mean, relative to the directory, as far as they are in it."""
+        """Yield the path of each named file, relative to the directory. Names outside it are skipped."""
         root = os.path.realpath(self.directory)
         for name in dict.fromkeys(names):
-            with suppress(ImageProblem):
+            with suppress(ImageProblem, ValueError):
                 yield self.find(name)[0].relative_to(root).as_posix()
 
     def frames_of(self, name: str) -> list[str]:
@@ -113,62 +110,38 @@ class FolderImages:
                 return [f"{name}#{index + 1}" for index in range(0, count, self.settings.frame_step or 1)]
         return [name]
 
-    def load(self, name: str) -> StoredImage:
-        """Read an image, and keep its bytes if there is room."""
-        image = self._load(name)
-        if len(image.bytes) <= self._room:
-            self._room -= len(image.bytes)
-            self._kept[name] = image.bytes
-        return image
-
-    def image_id(self, name: str) -> str:
-        return self.load(name).image_id
-
-    def stored_bytes(self, name: str) -> bytes:
-        return self._kept.get(name) or self._load(name, identify=False).bytes
-
-    def _load(self, name: str, identify: bool = True) -> StoredImage:
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        """Read an image. See [`load_image`]."""
         path, frame = self.find(name)
         if frame is None:
-            return load_image(path, self.settings, identify=identify)
-        with self._lock:
-            opened = self._opened(path, self.settings)
-            read = opened.read(frame_index(opened, self.settings, frame))
-        return stored_frame(opened, read, identify)
+            opened = open_image(path, self.settings)
+        else:
+            with self._lock:
+                opened = self._open_once(path, self.settings)
+        opened.groups["file"] = os.path.relpath(path, os.path.realpath(self.directory))
+        return load_frame(opened, self.settings, frame, identify)
 
 
 def choose_frames(records: Records, images: FolderImages, num_workers: int) -> Records:
     """
-    Replace files of several frames by those that `--frames all` or `every:N` selects. An unlabeled file becomes an
-    image for each; a conversation or question shows them all, one after the other. A benchmark has one image per
-    question, so a test question is left to be rejected when its file is read.
+    Replace unlabeled files of several frames by the frames that `--frames all` or `every:N` selects, each an image of
+    its own. A text is about one frame, nobody knows which, so it is left to be rejected when its file is read.
     """
     from tqdm.auto import tqdm
 
     if images.settings.frame_step is None:
         return records
-    names = list(dict.fromkeys(records.image_names))
+    names = list({name: None for record in records.conversations if not record.messages for name in record.images})
     counted = tqdm(ordered_map(images.frames_of, names, num_workers), "frames", len(names), unit="file", disable=None)
     frames = dict(zip(names, counted))
-    conversations, questions = [], []
-    for record in records:
-        shown = tuple(frame for name in record.images for frame in frames[name])
-        if isinstance(record, Question):
-            is_test = record.split == "test"
-            questions.append(record if is_test else replace(record, image=shown[0], more_images=shown[1:]))
-        elif record.messages or shown == record.images:
-            sizes = (len(frames[name]) for name in record.images)
-            messages = [_with_frames(message, sizes) for message in record.messages]
-            conversations.append(replace(record, images=shown, messages=messages))
-        else:
-            conversations += [replace(record, id=frame, images=(frame,)) for frame in shown]
-    return replace(records, conversations=conversations, questions=questions)
 
+    def chosen(record: Conversation) -> Iterator[Conversation]:
+        for name in record.images:
+            for frame in frames[name]:
+                yield replace(record, id=record.id if frame == name else frame, images=(frame,))
 
-def _with_frames(message: dict, sizes: Iterator[int]) -> dict:
-    """Repeat each image part of a message as often as the next of `sizes` says."""
-    parts = [[part] * (next(sizes) if part["type"] == "image" else 1) for part in message["content"]]
-    return message | {"content": list(chain.from_iterable(parts))}
+    expanded = ([record] if record.messages else chosen(record) for record in records.conversations)
+    return replace(records, conversations=list(chain.from_iterable(expanded)))
 
 
 @dataclass(frozen=True)
@@ -177,11 +150,18 @@ class MemoryImages:
 
     images: Mapping[str, Image.Image]
 
-    def image_id(self, name: str) -> str:
-        return store_image(self.images[name]).image_id
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        return store_image(self.images[name])
 
-    def stored_bytes(self, name: str) -> bytes:
-        return store_image(self.images[name]).bytes
+
+def loader_of(reader: ImageReader) -> Callable[..., StoredImage]:
+    """Return the method `load` of a reader; readers written for version 0.1.0 have `image_id` and `stored_bytes`."""
+
+    def load(name: str, identify: bool = True) -> StoredImage:
+        image_id, data = reader.image_id(name) if identify else "", reader.stored_bytes(name)
+        return StoredImage(data, image_id, near_hash=identify_file(data)[1] if identify else None)
+
+    return getattr(reader, "load", load)
 
 
 class ImageIndex(NamedTuple):
@@ -193,7 +173,7 @@ class ImageIndex(NamedTuple):
         problems (`dict`): Name of each other image to a [`Rejected`].
         group_ids (`dict`): Name to the group id, for images in a group.
         hashes (`dict`): `image_id` to `near_hash`.
-        notes (`dict`): Number of images by their `note`.
+        notes (`dict`): Number of different images by their `note`.
     """
 
     image_ids: dict[str, str]
@@ -219,58 +199,75 @@ def index_images(
         groups ([`GroupIds`], *optional*): Makes the group ids; those of patients by default.
 
     Raises:
-        UserError: for a wrong directory of images, see [`FolderImages.check`].
+        UserError: for an index that cannot be resumed: of other group ids, or of an earlier version with DICOM files.
     """
     from tqdm.auto import tqdm
 
-    groups = groups or GroupIds()
+    groups, load = groups or GroupIds(), loader_of(reader)
 
-    def identify(name: str) -> tuple[dict, Mapping[str, str]]:
+    def identify(name: str) -> StoredImage | ImageProblem:
         try:
-            image = _load(reader, name)
+            return load(name)
         except ImageProblem as problem:
-            return {"image": name, "reason": problem.reason, "detail": str(problem)}, {}
-        entry = {"image": name, "image_id": image.image_id, "near_hash": image.near_hash}
-        return entry | ({"note": image.note} if image.note else {}), image.groups
+            return problem
 
     names = list(dict.fromkeys(names))
-    if isinstance(reader, FolderImages):
-        reader.check(names)
     partial = path.with_name(f".{path.name}.tmp")
-    entries = {entry["image"]: entry for file in (partial, path) for entry in index_entries(file)}
+    entries = _entries_to_resume(partial, path, groups)
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
         found = tqdm(ordered_map(identify, todo, num_workers), "images", len(todo), unit="image", disable=None)
         with open(partial, "w", encoding="utf-8") as file:
-            identified = (entry | {"group_id": groups.of_image(entry["image"], header)} for entry, header in found)
-            for entry in chain(list(entries.values()), identified):
+            for entry in chain(list(entries.values()), map(_entry, todo, found, repeat(groups))):
                 entries[entry["image"]] = entry
                 file.write(json.dumps(entry) + "\n")
                 file.flush()  # a killed process loses nothing that the system has
         os.replace(partial, path)
-    found = {name: entries[name] for name in names}
-    good = {name: entry for name, entry in found.items() if "image_id" in entry}
+    found = [entries[name] for name in names]
+    good = [entry for entry in found if "image_id" in entry]
     return ImageIndex(
-        {name: entry["image_id"] for name, entry in good.items()},
+        {entry["image"]: entry["image_id"] for entry in good},
         {
-            name: Rejected("", entry["reason"], f"{name}: {entry['detail']}")
-            for name, entry in found.items()
-            if name not in good
+            entry["image"]: Rejected("", entry["reason"], f"{entry['image']}: {entry['detail']}")
+            for entry in found
+            if "reason" in entry
         },
-        # Entries of version 0.1.0 have neither.
-        {name: entry["group_id"] for name, entry in good.items() if entry.get("group_id") is not None},
-        {entry["image_id"]: entry["near_hash"] for entry in good.values() if "near_hash" in entry},
-        Counter(entry["note"] for entry in good.values() if "note" in entry),
+        {entry["image"]: entry["group_id"] for entry in good if entry.get("group_id")},
+        {entry["image_id"]: entry["near_hash"] for entry in good if "near_hash" in entry},
+        Counter({entry["image_id"]: entry["note"] for entry in good if entry.get("note")}.values()),
     )
 
 
-def _load(reader: ImageReader, name: str) -> StoredImage:
-    """Load an image with a reader, which may be a plugin's that has only the methods of [`ImageReader`]."""
-    if isinstance(reader, FolderImages):
-        return reader.load(name)
-    image_id, data = reader.image_id(name), reader.stored_bytes(name)
-    return StoredImage(data, image_id, near_hash=identify(data)[1])
+def _entry(name: str, found: StoredImage | ImageProblem, groups: GroupIds) -> dict:
+    if isinstance(found, ImageProblem):
+        return {"image": name, "reason": found.reason, "detail": str(found), "group_id": None}
+    group_id = groups.of_image(found.groups.get("file", name), found.groups)
+    ids = {"image_id": found.image_id, "near_hash": found.near_hash, "group_id": group_id}
+    return {"image": name, **ids, "note": found.note}
+
+
+def _entries_to_resume(partial: Path, path: Path, groups: GroupIds) -> dict[str, dict]:
+    """
+    Return the entries of an interrupted run that this run would write, too. Others are read again, unless the index is
+    finished: then datasets may be, too.
+    """
+    entries = {}
+    for file in (partial, path):
+        for entry in index_entries(file):
+            # Version 0.1.0 wrote no groups and no hashes, and showed DICOM files differently.
+            if "group_id" not in entry:
+                is_same = file == path and Path(entry["image"]).suffix.lower() not in DICOM_SUFFIXES
+            else:
+                is_same = entry["group_id"] is None or salt_of(entry["group_id"]) == salt_of(groups.of_key(""))
+            if is_same:
+                entries[entry["image"]] = entry
+            elif file == path:
+                raise UserError(
+                    f"{path} was written with another group_salt, or by an earlier version that reads DICOM files "
+                    "differently. Finish the run with that one, or add --overwrite."
+                )
+    return entries
 
 
 def index_entries(path: Path) -> Iterator[dict]:

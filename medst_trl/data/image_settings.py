@@ -24,14 +24,13 @@ class ImageSettings:
             Reject images with more pixels before decoding them.
         frames (`str`, *optional*):
             Frames to use of a file with several (DICOM, TIFF, GIF, NIfTI): middle, all, or every:N for each N-th. With
-            all and every:N, each frame is an image of its own, and a conversation shows all of them. Default: such
-            files are rejected as several_frames, because which frame a text is about is unknown. A table can name one
-            frame: scan.dcm#12.
+            all and every:N, each frame of an unlabeled file is an image, and files with a text are rejected as
+            several_frames, because which frame the text is about is unknown. Default: all such files are rejected. A
+            table can name one frame: scan.dcm#12.
         window (`str`, *optional*):
-            Gray values of CT to show as black to white. CENTER,WIDTH in Hounsfield units, for example 40,400 or
-            -600,1500; or N for the N-th window in each DICOM file. Default: the file's first window; CT
-            without one, 40,400; other images without one, their own minimum to maximum. CENTER,WIDTH applies to NIfTI
-            too, but not to DICOM files of other modalities.
+            Gray values to show as black to white. CENTER,WIDTH in Hounsfield units (HU), for example 40,400 or
+            -600,1500, for CT in HU and for NIfTI; or N for the N-th window in each DICOM file. Default: the file's
+            first window; CT without one, 40,400; other images without one, their own minimum to maximum.
         accept_burned_in (`bool`, *optional*, defaults to `False`):
             Accept DICOM files whose header says that text, such as the patient's name, is part of the picture
             (BurnedInAnnotation). Default: they are rejected.

@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from medst_trl.base.errors import UserError
+
 from .dicom import open_dicom
 from .image_formats import (
     Frame,
@@ -59,7 +61,8 @@ class StoredImage:
             See [`image_id`].
         groups (`dict[str, str]`):
             What the image has in common with others, not hashed, so never to be written: the `"patient"`, `"study"`
-            and `"series"` of DICOM; for other frames of one file, its hash. Empty for other images.
+            and `"series"` of DICOM; for other frames of one file, its hash. In a directory of images also the path of
+            its `"file"`.
         near_hash (`str` or `None`):
             See [`~medst_trl.data.near_copies.perceptual_hash`].
         note (`str`):
@@ -91,8 +94,7 @@ def image_id(image: Image.Image) -> str:
 
 def store_image(image: Image.Image) -> StoredImage:
     """Store an image in memory as an 8-bit PNG. See [`to_8_bit`] for other modes."""
-    image = to_8_bit(image)
-    return StoredImage(_png(image), image_id(image))
+    return _store(Frame(to_8_bit(image)), {}, identify=True)
 
 
 def identify(data: bytes) -> tuple[str | None, str | None]:
@@ -101,16 +103,16 @@ def identify(data: bytes) -> tuple[str | None, str | None]:
     it; None and None if it cannot be decoded.
     """
     try:
-        image = _open_picture(data, math.inf, identify=True).read(0).image
+        image = load_frame(_open_picture(data, math.inf), ImageSettings(), 1)
     except ImageProblem:
         return None, None
-    return image_id(image), perceptual_hash(image)
+    return image.image_id, image.near_hash
 
 
 def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return an image of any dataset as the stages store it: upright 8-bit pixels, without metadata and path."""
-    frame = _open_picture(bytes_of(stored), math.inf, identify=False).read(0)
-    return {"bytes": frame.own_bytes or _png(frame.image), "path": None}
+    opened = _open_picture(bytes_of(stored), math.inf)
+    return {"bytes": load_frame(opened, ImageSettings(), 1, identify=False).bytes, "path": None}
 
 
 def load_image(
@@ -140,38 +142,47 @@ def load_image(
         ImageProblem: with a reason word, whatever is wrong with the file.
         UserError: for a DICOM or NIfTI file without the package that reads it (extras `dicom` and `nifti`).
     """
-    opened = open_image(path if isinstance(path, bytes) else Path(path), settings, identify)
-    return stored_frame(opened, opened.read(frame_index(opened, settings, frame)), identify)
+    return load_frame(open_image(path, settings), settings, frame, identify)
 
 
-def open_image(path: Path | bytes, settings: ImageSettings, identify: bool = True) -> Frames:
-    """Open a file without decoding its frames. Raises the errors of [`load_image`], which reads one of them."""
-    data, name = (path, "") if isinstance(path, bytes) else (_bytes_of(path, settings.max_pixels), path.name)
-    if data[128:132] == b"DICM" or PurePath(name).suffix.lower() in DICOM_SUFFIXES:
-        opened = open_dicom(data, settings)
-    elif is_nifti(data, name):
-        opened = open_nifti(data, settings)
-    else:
-        opened = _open_picture(data, settings.max_pixels, identify)
+def open_image(path: str | os.PathLike | bytes, settings: ImageSettings) -> Frames:
+    """Open a file, of which [`load_frame`] reads the frames. Raises the errors of [`load_image`]."""
+    data = path if isinstance(path, bytes) else _bytes_of(Path(path), settings.max_pixels)
+    name = "" if data is path else Path(path).name
+    try:
+        if data[128:132] == b"DICM" or PurePath(name).suffix.lower() in DICOM_SUFFIXES:
+            opened = open_dicom(data, settings)
+        elif is_nifti(data, name):
+            opened = open_nifti(data, settings)
+        else:
+            opened = _open_picture(data, settings.max_pixels)
+    except ImportError as error:
+        kind = "DICOM" if error.name == "pydicom" else "NIfTI"
+        raise UserError(
+            f"There are {kind} files among the images, and reading them needs {error.name}. Install it with "
+            f"`pip install 'medst_trl[{kind.lower()}]'`."
+        ) from None
     if opened.count > 1 and not opened.groups:  # the frames of one file stay together
         opened.groups = dict.fromkeys(("series", "study", "patient"), hashlib.sha256(data).hexdigest())
     return opened
 
 
-def frame_index(opened: Frames, settings: ImageSettings, frame: int | None) -> int:
-    """Return the index of the frame to read. See [`load_image`]."""
+def load_frame(opened: Frames, settings: ImageSettings, frame: int | None, identify: bool = True) -> StoredImage:
+    """Read a frame of a file, from any thread. See [`load_image`]."""
     if frame is not None and not 1 <= frame <= opened.count:
         raise ImageProblem("missing", f"frame {frame} of {opened.count}")
     if frame is None and opened.count > 1 and settings.frames != "middle":
-        choice = "middle; a test question has one image" if settings.frame_step else "middle, all or every:N"
+        choice = "middle, because a text is about one frame" if settings.frame_step else "middle, all or every:N"
         raise ImageProblem("several_frames", f"{opened.count} frames: name one (FILE#N), or set --frames to {choice}")
-    return opened.middle if frame is None else frame - 1
+    with opened.lock:
+        found = opened.read(opened.middle if frame is None else frame - 1)
+    with _decoding():
+        return _store(found, opened.groups, identify)
 
 
-def stored_frame(opened: Frames, frame: Frame, identify: bool) -> StoredImage:
-    """Encode and identify a frame that was read. See [`load_image`]."""
+def _store(frame: Frame, groups: dict[str, str], identify: bool) -> StoredImage:
     data = frame.own_bytes or _png(frame.image)
-    names = (image_id(frame.image), opened.groups, perceptual_hash(frame.image)) if identify else ("",)
+    names = (image_id(frame.image), groups, perceptual_hash(frame.image)) if identify else ("",)
     return StoredImage(data, *names, note=frame.note)
 
 
@@ -191,7 +202,7 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
         raise ImageProblem("unreadable", str(getattr(error, "strerror", "") or error)) from None
 
 
-def _open_picture(data: bytes, max_pixels: int, identify: bool) -> Frames:
+def _open_picture(data: bytes, max_pixels: float) -> Frames:
     """Open a file with PIL. Its frames are upright 8-bit images."""
     with image_problem("not_an_image"):
         image = Image.open(io.BytesIO(data), formats=_formats())
@@ -201,15 +212,11 @@ def _open_picture(data: bytes, max_pixels: int, identify: bool) -> Frames:
 
     def read(index: int) -> Frame:
         with _decoding():
-            if len(pages) > 1 or pages[0]:
-                image.seek(pages[index])
-                check_pixels(*image.size, max_pixels)
-            own_bytes = without_metadata(image, data) if len(pages) == 1 and _is_upright(image, data) else None
-            if own_bytes is None:
-                return Frame(to_8_bit(ImageOps.exif_transpose(image)))
-            if identify:
-                image.load()
-            return Frame(image, own_bytes)
+            image.seek(pages[index])
+            check_pixels(*image.size, max_pixels)
+            if len(pages) == 1 and _is_upright(image, data) and (own_bytes := without_metadata(image, data)):
+                return Frame(image, own_bytes)
+            return Frame(to_8_bit(ImageOps.exif_transpose(image)))
 
     return Frames(len(pages), read, len(pages) // 2)
 
@@ -223,18 +230,15 @@ def _decoding() -> Iterator[None]:
 
 def _pages(image: Image.Image) -> list[int]:
     """Return the positions of the frames of a file, without smaller copies and masks of others."""
-    # The further images of an MPO file are a phone's previews of the first one.
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
-        return [0]
-    pages = []
-    for page in range(image.n_frames):
-        if image.format == "TIFF":
-            image.seek(page)
+
+    def is_copy(page: int) -> bool:
+        image.seek(page)
         # Bits of NewSubfileType: a smaller copy of another page, and a mask of its transparent parts.
-        if image.format != "TIFF" or not image.tag_v2.get(254, 0) & 0b101:
-            pages.append(page)
-    image.seek(0)
-    return pages or [0]
+        return bool(image.tag_v2.get(254, 0) & 0b101)
+
+    # The further images of an MPO file are a phone's previews of the first one.
+    pages = range(1 if image.format == "MPO" else getattr(image, "n_frames", 1))
+    return [page for page in pages if image.format != "TIFF" or not is_copy(page)] or [0]
 
 
 def _is_upright(image: Image.Image, data: bytes) -> bool:

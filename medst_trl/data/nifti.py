@@ -12,27 +12,22 @@ volume, so that slices can be compared.
 
 import gzip
 import io
+import logging
 import math
 import zlib
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from medst_trl.base.errors import UserError
-
-from .image_formats import (
-    Frame,
-    Frames,
-    ImageProblem,
-    check_pixels,
-    finite_range,
-    image_problem,
-    max_bytes,
-    rescale,
-)
+from .image_formats import Frame, Frames, ImageProblem, check_pixels, finite_range, image_problem, max_bytes, rescale
 from .image_settings import ImageSettings
 from .source import NIFTI_SUFFIXES
+
+
+if TYPE_CHECKING:
+    from nibabel.arrayproxy import ArrayProxy
 
 
 def is_nifti(data: bytes, name: str) -> bool:
@@ -51,64 +46,56 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     Open a volume. Its frames are the slices; those of a series of volumes (4D) follow each other.
 
     Raises:
-        ImageProblem: `not_an_image`, `too_large`, `unsupported` (complex values, an invalid orientation); when a frame
-            is read, `truncated`.
-        UserError: if nibabel is not installed.
+        ImageProblem: `not_an_image`, `too_large`, `truncated`, `unsupported` (complex values, an invalid orientation).
+        ImportError: if nibabel is not installed.
     """
-    try:
-        import nibabel
-    except ImportError:
-        raise UserError(
-            "There are NIfTI files among the images, and reading them needs nibabel. "
-            "Install it with `pip install 'medst_trl[nifti]'`."
-        ) from None
+    import nibabel
+
+    nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # it prints values of headers to stderr
+    limit = max_bytes(settings.max_pixels)
+    data = _unpacked(data, limit + 1)
     with image_problem("not_an_image"):
-        head = _unpacked(data, 540)
-        is_second = head[4:8] == b"n+2\0"
-        header = nibabel.Nifti2Header(head) if is_second else nibabel.Nifti1Header(head[:348])
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header.get_data_offset())
-        slope, intercept = (1.0, 0.0) if None in header.get_slope_inter() else header.get_slope_inter()
-        if not shape or min(shape) < 1 or offset < 0:
-            raise ImageProblem("not_an_image", f"shape {shape}")
-    if dtype.kind == "c":
+        image = (nibabel.Nifti2Image if data[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_bytes(data)
+        stored, affine = image.dataobj, image.affine
+        if not stored.shape or min(stored.shape) < 1:
+            raise ImageProblem("not_an_image", f"shape {stored.shape}")
+    number = math.prod(stored.shape)
+    if max(len(data), stored.offset + number * stored.dtype.itemsize) > limit:
+        raise ImageProblem("too_large", f"more than {limit} bytes")
+    if stored.dtype.kind == "c":
         raise ImageProblem("unsupported", "complex values")
-    space = (*shape, 1, 1)[:3]
+    with image_problem("truncated"):  # as stored: scaled values would need up to eight times the memory
+        values = np.frombuffer(data, stored.dtype, number, stored.offset)
+        values = values.reshape((*(*stored.shape, 1, 1)[:3], -1), order="F")
     with image_problem("unsupported"):
-        orientation = nibabel.io_orientation(header.get_best_affine())
-        order = [int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3)]  # fails if one is missing
-        turned, sizes = [space[axis] for axis in order], nibabel.affines.voxel_sizes(header.get_best_affine())[order]
-    axis = next((axis for axis in range(3) if turned[axis] == 1 or sizes[axis] > 3 * np.delete(sizes, axis).max()), 2)
-    check_pixels(*np.delete(turned, axis), settings.max_pixels)
-    number = math.prod(shape)
-    end = offset + number * dtype.itemsize
-    if end > max_bytes(settings.max_pixels):
-        raise ImageProblem("too_large", f"{end} bytes")
+        orientation = nibabel.io_orientation(affine)
+        turned = nibabel.apply_orientation(values, orientation)
+        back = nibabel.orientations.inv_ornt_aff(orientation, values.shape[:3])
+        sizes = nibabel.affines.voxel_sizes(affine @ back)
+    flat = (axis for axis in range(3) if turned.shape[axis] == 1 or sizes[axis] > 3 * np.delete(sizes, axis).max())
+    volumes = np.moveaxis(turned, next(flat, 2), 2)
+    check_pixels(*volumes.shape[:2], settings.max_pixels)
+    own = float(image.header["cal_min"]), float(image.header["cal_max"])
+    return _slices(volumes, stored, settings.shown_range or (own if own[0] < own[1] else None))
 
-    @cache
-    def volumes() -> np.ndarray:
-        """Stored values of shape (right, front, up, volumes), with the axis of the slices at position 2."""
-        with image_problem("truncated"):
-            values = np.frombuffer(_unpacked(data, end), dtype, number, offset).reshape((*space, -1), order="F")
-        return np.moveaxis(nibabel.apply_orientation(values, orientation), axis, 2)
 
-    own = float(header["cal_min"]), float(header["cal_max"])
-    window = settings.shown_range or (own if own[0] < own[1] else None)
+def _slices(volumes: np.ndarray, scale: "ArrayProxy", window: tuple[float, float] | None) -> Frames:
+    """Return the frames of stored values of shape (right, front, slices, volumes)."""
 
     @cache
     def range_of(volume: int) -> list[float]:
-        return sorted(end * slope + intercept for end in finite_range(volumes()[..., volume]))
+        return sorted(end * scale.slope + scale.inter for end in finite_range(volumes[..., volume]))
 
     def read(index: int) -> Frame:
-        volume, slice_index = divmod(index, turned[axis])
-        values = volumes()[:, :, slice_index, volume][::-1, ::-1].T
-        if dtype.names:
+        volume, place = divmod(index, slices)
+        values = volumes[:, :, place, volume][::-1, ::-1].T
+        if values.dtype.names:
             return Frame(Image.fromarray(np.stack([values[name] for name in "RGB"], axis=-1)))
-        gray = rescale(values * slope + intercept, *(window or range_of(volume)))
+        gray = rescale(values * scale.slope + scale.inter, *(window or range_of(volume)))
         return Frame(Image.fromarray(gray), note="" if window else "NIfTI_images_without_window")
 
-    count = number // math.prod(space) * turned[axis]
-    middle = count // turned[axis] // 2 * turned[axis] + turned[axis] // 2
-    return Frames(count, read, middle)
+    slices, count = volumes.shape[2:]
+    return Frames(slices * count, read, count // 2 * slices + slices // 2)
 
 
 def _unpacked(data: bytes, size: int) -> bytes:

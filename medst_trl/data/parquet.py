@@ -115,14 +115,16 @@ class TableImages(FolderImages):
         return path
 
     def find(self, name: str) -> tuple[Path, int | None]:
-        if name in self._inside:
-            raise ImageProblem("missing", "no file of the directory of images")
-        return super().find(name)
-
-    def _load(self, name: str, identify: bool = True) -> StoredImage:
         if (place := self._inside.get(name)) is None:
-            return super()._load(name, identify)
-        return load_image(place if isinstance(place, Path) else place(), self.settings, identify=identify)
+            return super().find(name)
+        if isinstance(place, Path):
+            return place, None
+        raise ImageProblem("missing", "no file of the directory of images")
+
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        if (place := self._inside.get(name)) is None or isinstance(place, Path):
+            return super().load(name, identify)
+        return load_image(place(), self.settings, identify=identify)
 
 
 def _bytes_at(dataset: "Dataset", position: int, column: int, number: int) -> bytes:

@@ -182,11 +182,12 @@ class BadRecord(ValueError):
 
 
 class ImageReader(Protocol):
-    """Reads images by name: first the `image_id` of each, later the bytes to store."""
+    """
+    Reads images by name, each twice: to identify it, and later (`identify=False`) for the bytes to store. `load`
+    returns a [`~medst_trl.data.images.StoredImage`].
+    """
 
-    def image_id(self, name: str) -> str: ...
-
-    def stored_bytes(self, name: str) -> bytes: ...
+    def load(self, name: str, identify: bool = True) -> Any: ...
 
 
 @dataclass

@@ -163,7 +163,8 @@ def write_preferences(folder: str | os.PathLike, preferences: Preferences, file:
         raise UserError(f"No preference pair is left ({reasons or 'there was none'}). See {folder}/rejected.jsonl.")
 
     def row(pair: dict) -> dict:
-        return pair | {"images": [{"bytes": file.images.stored_bytes(name), "path": None} for name in pair["images"]]}
+        stored = (file.images.load(name, identify=False).bytes for name in pair["images"])
+        return pair | {"images": [{"bytes": data, "path": None} for data in stored]}
 
     for split in ("train", "validation"):
         write_split(folder, split, getattr(preferences, split), row, features_of("preferences"), ROWS_PER_SHARD)

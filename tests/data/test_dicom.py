@@ -3,6 +3,7 @@
 """DICOM files are converted to the image that a radiologist sees, without their header."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,10 +88,14 @@ def test_unusable_dicom_files_have_a_reason(tmp_path):
     (tmp_path / "text.dcm").write_text("not a DICOM file")
     save_dicom(tmp_path / "film.dcm", np.zeros((2, 8, 8), np.uint8), NumberOfFrames=2)
     save_dicom(tmp_path / "bomb.dcm", RAMP, Rows=60000, Columns=60000)
-    save_dicom(tmp_path / "window.dcm", RAMP, WindowCenter=1, WindowWidth=0)
+    save_dicom(tmp_path / "color.dcm", RAMP, "XYZ")
+    save_dicom(tmp_path / "rows.dcm", RAMP, Rows=0)
+    save_dicom(tmp_path / "frames.dcm", RAMP, NumberOfFrames=-3)
+    save_dicom(tmp_path / "slope.dcm", RAMP, RescaleSlope=0, RescaleIntercept=3)
     expected = {
         "truncated.dcm": "truncated", "header.dcm": "not_an_image", "text.dcm": "not_an_image",
-        "film.dcm": "several_frames", "bomb.dcm": "too_large", "window.dcm": "bad_window",
+        "film.dcm": "several_frames", "bomb.dcm": "too_large", "color.dcm": "unsupported", "rows.dcm": "unsupported",
+        "frames.dcm": "unsupported", "slope.dcm": "unsupported",
     }  # fmt: skip
     reasons = {}
     for name in expected:
@@ -174,14 +179,55 @@ def test_a_window_is_chosen(tmp_path):
     assert np.array_equal(load_pixels(path, window="2"), second)
     assert np.array_equal(load_pixels(path, window="-600,1500"), linear(-1350, 150))
     assert load_image(path).note == load_image(path, ImageSettings(window="2")).note == ""
-    with pytest.raises(ImageProblem, match="bad_window: window is 3, but the file has 2"):
-        load_pixels(path, window="3")
+    assert np.array_equal(load_pixels(path, window="3"), first)  # it has two
+    assert load_image(path, ImageSettings(window="3")).note == "CT_images_without_window_3"
     bare = save_ct(tmp_path / "b.dcm", HOUNSFIELD)
     assert np.array_equal(load_pixels(bare, window="600,2000"), second)
     assert load_image(bare, ImageSettings(window="600,2000")).note == ""
     # The values of other modalities are not in Hounsfield units.
     other = save_dicom(tmp_path / "c.dcm", RAMP, Modality="DX", WindowCenter=2000, WindowWidth=4000)
     assert np.array_equal(load_pixels(other, window="40,400"), load_pixels(other))
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"WindowWidth": 0},
+        {"WindowWidth": 0.5},  # at least 1 in a linear window
+        {"WindowWidth": 0, "VOILUTFunction": "SIGMOID"},
+        {"WindowWidth": 400, "VOILUTFunction": "CUBIC"},
+        {"WindowWidth": ""},
+    ],
+)
+def test_a_window_that_cannot_be_used_counts_as_none(tmp_path, tags):
+    path = save_ct(tmp_path / "a.dcm", HOUNSFIELD, WindowCenter=600, **tags)
+    for window in (None, "2"):
+        assert np.array_equal(load_pixels(path, window=window), linear(-160, 240))
+        assert load_image(path, ImageSettings(window=window)).note == "CT_images_without_window"
+
+
+def test_a_window_in_hounsfield_units_is_only_used_for_values_in_hounsfield_units(tmp_path):
+    values = np.array([[24, 1064], [1104, 4000]], np.uint16)  # 40 HU is 1064 here, but nothing says so
+    for number, tags in enumerate([{"Modality": "CT"}, {**CT, "RescaleType": "US"}, {}]):
+        path = save_dicom(tmp_path / f"{number}.dcm", values, **tags)
+        assert np.array_equal(load_pixels(path, window="40,400"), load_pixels(path))
+        note = f"{tags.get('Modality', 'DICOM')}_images_not_in_HU"
+        assert load_image(path, ImageSettings(window="40,400")).note == note
+
+
+def test_a_screen_shot_of_a_ct_is_not_in_hounsfield_units(tmp_path):
+    values = np.array([[0, 100], [200, 255]], np.uint8)
+    path = save_dicom(tmp_path / "a.dcm", values, Modality="CT", RescaleSlope=1, RescaleIntercept=0)
+    assert np.array_equal(load_pixels(path), values)
+    assert np.array_equal(load_pixels(path, window="40,400"), values)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_a_header_is_not_quoted_on_the_terminal(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", RAMP, StudyInstanceUID="SECRETUID")
+    code = f"from medst_trl.data.images import load_image; load_image({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("window", ["40", "-2", "40,-400", "40,0", "a,b", "40,400,1", "0", "", "nan,4"])

@@ -1,9 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files of several frames: which frames become images, under which names, and what shows them."""
+"""Files of several frames: which frames become images, and under which names."""
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,11 +99,15 @@ def test_names_of_frames(tmp_path):
     for number in (3, 1, 4, 2):
         name = f"a.tif#{number}"
         assert np.array_equal(pixels(images.load(name)), expected[number - 1])
-        assert images.stored_bytes(name) == FolderImages(tmp_path, room=0).stored_bytes(name)
+        assert images.load(name, identify=False).bytes == FolderImages(tmp_path).load(name).bytes
     assert np.array_equal(pixels(images.load("sub/a.tif#2")), np.asarray(picture(9)))
     names = ["a.tif#1", "a.tif#3", "sub/a.tif#2", "sub/a.tif#1", "../x#1"]
     assert list(images.files(names)) == ["a.tif", "a.tif", "sub/a.tif#2", "sub/a.tif"]
-    for name, reason in (("b.tif#1", "missing"), ("a.tif#0", "missing"), ("../a.tif#1", "outside_image_folder")):
+    for name, reason in (
+        ("b.tif#1", "missing"),
+        ("a.tif#0", "missing: frame 0 of 4"),
+        ("../a.tif#1", "outside_image_folder"),
+    ):
         with pytest.raises(ImageProblem, match=reason):
             images.load(name)
 
@@ -116,7 +119,7 @@ def test_a_file_is_opened_once_for_all_its_frames_by_any_number_of_threads(tmp_p
     expected = [save_frames(tmp_path / f"{name}.tif", 12)[number] for name in "ab" for number in range(12)]
     opened, open_once = [], module.open_image
     monkeypatch.setattr(module, "open_image", lambda path, *rest: opened.append(path.name) or open_once(path, *rest))
-    reader = FolderImages(tmp_path, room=0)
+    reader = FolderImages(tmp_path)
     names = [f"{name}.tif#{number + 1}" for name in "ab" for number in range(12)]
     found = list(ordered_map(reader.load, names, num_workers=8))
     assert all(np.array_equal(pixels(one), other) for one, other in zip(found, expected))
@@ -138,7 +141,7 @@ def records_about(*names: str) -> Records:
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(2, 9), step=st.integers(1, 10))
-def test_chosen_frames_become_images_and_a_text_shows_them_all(tmp_path_factory, count, step):
+def test_chosen_frames_become_unlabeled_images_and_a_text_about_them_is_rejected(tmp_path_factory, count, step):
     directory = tmp_path_factory.mktemp("frames")
     save_frames(directory / "film.tif", count)
     picture(0).save(directory / "still.png")
@@ -153,25 +156,15 @@ def test_chosen_frames_become_images_and_a_text_shows_them_all(tmp_path_factory,
     conversations = {conversation.id: conversation for conversation in chosen.conversations}
     unlabelled = [conversation.images for conversation in chosen.conversations if not conversation.messages]
     assert unlabelled == [(name,) for name in (*shown, "still.png", "bad.tif")]
-    assert conversations["talk 0"].images == shown and conversations["talk 1"].images == ("still.png",)
-    assert conversations["all"].images == (*shown, "still.png", "bad.tif")
-    for conversation in chosen.conversations:
-        kinds = [part["type"] for message in conversation.messages for part in message["content"]]
-        assert not kinds or kinds.count("image") == len(conversation.images)
-    assert records.conversations[-1].images == ("film.tif", "still.png", "bad.tif")  # not changed in place
-
-    questions = {question.id: question for question in chosen.questions}
-    assert questions["train 0"].images == shown and questions["train 1"] == records.questions[2]
-    assert questions["test 0"] == replace(records.questions[1])  # rejected when it is read
+    texts = [conversation for conversation in records.conversations if conversation.messages]
+    assert [conversations[text.id] for text in texts] == texts and chosen.questions == records.questions
+    with pytest.raises(ImageProblem, match=f"several_frames: {count} frames: name one .*, or set --frames to middle,"):
+        FolderImages(directory, ImageSettings(frames=frames)).load("film.tif")
 
 
-def test_an_image_part_is_repeated_where_it_is(tmp_path):
+def test_a_row_of_several_unlabeled_files_becomes_an_image_for_each_frame(tmp_path):
     save_frames(tmp_path / "a.tif", 2)
     picture(0).save(tmp_path / "b.png")
-    messages = dialogue([("What?", "That.")], 0)
-    image, text = {"type": "image", "text": None}, {"type": "text", "text": "and"}
-    messages[0]["content"] = [image, text, image]
-    records = Records("made", conversations=[Conversation("x", ("b.png", "a.tif"), messages)])
-    (found,) = choose_frames(records, FolderImages(tmp_path, ImageSettings(frames="all")), 1).conversations
-    assert found.images == ("b.png", "a.tif#1", "a.tif#2")
-    assert found.messages[0]["content"] == [image, text, image, image]
+    records = Records("made", conversations=[Conversation("x", ("b.png", "a.tif"), [], group="P")])
+    found = choose_frames(records, FolderImages(tmp_path, ImageSettings(frames="all")), 1).conversations
+    assert [(one.images, one.group) for one in found] == [(("b.png",), "P"), (("a.tif#1",), "P"), (("a.tif#2",), "P")]

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 import pytest
 from PIL import Image
 
+from medst_trl.base.errors import UserError
+from medst_trl.data.groups import GroupIds
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_index import FolderImages, MemoryImages, index_images
 from medst_trl.data.image_settings import ImageSettings
+from medst_trl.data.images import StoredImage
 
 
 @dataclass
 class FakeImages:
-    """Image reader: names that start with "bad" are rejected, and reading `interrupt_at` interrupts the run."""
+    """Image reader of version 0.1.0. Names that begin with "bad" are rejected, and `interrupt_at` interrupts."""
 
     interrupt_at: str | None = None
     read: list[str] = field(default_factory=list)
@@ -68,17 +71,68 @@ def test_a_directory_with_some_of_the_images_is_read_whatever_is_near_it(tmp_pat
     assert list(good) == names[20:] and {item.reason for item in bad.values()} == {"missing"}
 
 
-def test_the_cache_size_does_not_change_the_stored_bytes(tmp_path):
+def test_images_are_stored_as_they_were_identified(tmp_path):
     images = {f"{n}.jpg": Image.new("RGB", (9, 9), (n, n, n)) for n in range(4)}
     for name, image in images.items():
         image.save(tmp_path / name, comment=b"SECRET")
-    readers = [FolderImages(tmp_path, ImageSettings(max_pixels=100), cache_size) for cache_size in (0, 700, 10**6)]
+    reader, in_memory = FolderImages(tmp_path, ImageSettings(max_pixels=100)), MemoryImages(images)
     for name in images:
-        assert len({reader.image_id(name) for reader in readers}) == 1
-        (stored,) = {reader.stored_bytes(name) for reader in readers}
-        assert b"SECRET" not in stored
-    in_memory = MemoryImages(images)
-    assert in_memory.image_id("0.jpg") == readers[0].image_id("0.jpg")
-    assert in_memory.stored_bytes("0.jpg").startswith(b"\x89PNG")
-    (tmp_path / "0.jpg").unlink()
-    assert b"SECRET" not in readers[-1].stored_bytes("0.jpg")  # its bytes are kept
+        stored = reader.load(name)
+        assert stored.bytes == reader.load(name, identify=False).bytes and b"SECRET" not in stored.bytes
+        made = in_memory.load(name)
+        assert (made.image_id, made.near_hash) == (stored.image_id, stored.near_hash)
+        assert made.bytes.startswith(b"\x89PNG")
+
+
+@dataclass
+class Scans:
+    """Image reader: the file of "P1 3.dcm" is about the patient P1, and its pixels say 3."""
+
+    read: list[str] = field(default_factory=list)
+
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        self.read.append(name)
+        patient, number = name.removesuffix(".dcm").split()
+        note = "dark" if number > "3" else ""
+        return StoredImage(b"", f"id {number}", {"patient": patient}, f"{int(number):064x}", note)
+
+
+def test_an_index_of_another_salt_or_version_is_read_again_or_refused(tmp_path):
+    names, path = [f"P{n % 2} {n}.dcm" for n in range(6)], tmp_path / "index.jsonl"
+    groups, others = (GroupIds(tmp_path / salt) for salt in ("salt", "other"))
+    index = index_images(names, Scans(), path, 1, groups)
+    assert len(set(index.group_ids.values())) == 2
+    with pytest.raises(UserError, match="index.jsonl was written with another group_salt.* add --overwrite"):
+        index_images(names, Scans(), path, 1, others)
+    lines = path.read_text().splitlines()
+    partial = path.rename(tmp_path / ".index.jsonl.tmp")
+    partial.write_text("\n".join(lines[:3]))
+    reader = Scans()
+    mixed = index_images(names, reader, path, 1, others)
+    assert len(set(mixed.group_ids.values())) == 2 and reader.read == names
+
+    old = [json.dumps({"image": name, "image_id": "of other pixels"}) for name in names[:3]]
+    path.rename(partial).write_text("\n".join([*old, *lines[3:4]]))  # begun by version 0.1.0
+    reader = Scans()
+    assert index_images(names, reader, path, 1, groups) == index and reader.read == [*names[:3], *names[4:]]
+    path.write_text("\n".join([*old, *lines[3:]]))  # its datasets may be there
+    with pytest.raises(UserError, match="by an earlier version that reads DICOM files differently"):
+        index_images(names, Scans(), path, 1, groups)
+    path.write_text(path.read_text().replace(".dcm", ".png"))
+    found = index_images([name.replace(".dcm", ".png") for name in names], Scans(), path, 1, groups)
+    assert found.image_ids["P0 0.png"] == "of other pixels" and "id 3" in found.hashes
+
+
+def test_notes_count_images_and_not_their_copies(tmp_path):
+    names = ["a 3.dcm", "a 4.dcm", "b 4.dcm", "c 5.dcm"]
+    assert index_images(names, Scans(), tmp_path / "index.jsonl", 1, GroupIds(tmp_path / "salt")).notes == {"dark": 2}
+
+
+def test_groups_by_directory_do_not_depend_on_how_a_table_spells_a_path(tmp_path):
+    for name in ("P/1.png", "P/2.png", "Q/3.png"):
+        (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / "scans" / name)
+    names = ["P/1.png", str(tmp_path / "scans" / "P" / "2.png"), "./Q/../P/1.png", "Q/3.png"]
+    groups = GroupIds(tmp_path / "salt", "directory:1")
+    found = index_images(names, FolderImages(tmp_path / "scans"), tmp_path / "index.jsonl", 1, groups).group_ids
+    assert list(found) == names and list(found.values()) == [groups.of_key("P")] * 3 + [groups.of_key("Q")]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
+from medst_trl.data.image_index import FolderImages
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import load_image, open_image
 
@@ -156,6 +157,17 @@ def test_unusable_volumes_have_a_reason(tmp_path):
     assert reason_of(tmp_path / "good.nii", max_pixels=80) == "too_large"
     assert slice_of(tmp_path / "good.nii", max_pixels=81).shape == (9, 9)  # a limit of the image, not of the volume
     assert reason_of(tmp_path / "good.nii", frames=None) == "several_frames"
+
+
+def test_a_damaged_volume_is_one_rejection_and_prints_nothing(tmp_path, capfd):
+    data = save_volume(tmp_path / "cut.nii", volume_of((9, 9, 20))).read_bytes()
+    (tmp_path / "cut.nii").write_bytes(data[:-1])
+    (tmp_path / "size.nii").write_bytes(b"\0\0" + data[2:])  # nibabel corrects it, and says so
+    images = FolderImages(tmp_path, ImageSettings(frames="all"))
+    assert images.frames_of("cut.nii") == ["cut.nii"] and len(images.frames_of("size.nii")) == 20
+    with pytest.raises(ImageProblem, match="truncated"):
+        images.load("cut.nii")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_volume_is_recognized_without_its_suffix(tmp_path):

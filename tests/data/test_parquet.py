@@ -86,7 +86,7 @@ def test_each_image_is_read_once_however_many_questions_it_has(tmp_path):
     records = read(tmp_path, "vqa_rad")
     names = records.image_names
     assert len(names) == 14 and len(set(names)) == 7
-    assert {records.images.image_id(name) for name in names[:2]} == {records.images.image_id(names[0])}
+    assert {records.images.load(name).image_id for name in names[:2]} == {records.images.load(names[0]).image_id}
     assert not any("img_" in name for name in names), "names of files are not taken over"
 
 

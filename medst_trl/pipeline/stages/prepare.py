@@ -153,6 +153,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         records = read()
         reader = records.images or FolderImages(records.image_folder, images)
         if isinstance(reader, FolderImages):
+            reader.check(records.image_names)
             records = choose_frames(records, reader, num_workers).first(args.max_records)
         groups = GroupIds(args.group_salt, args.group_by or "patient")
         index = index_images(records.image_names, reader, output_dir / INDEX_FILE, num_workers, groups)
@@ -289,16 +290,18 @@ def _set_limits_of_pil(max_pixels: int) -> None:
     # Raise PIL's own limit to ours, which is checked before decoding.
     Image.MAX_IMAGE_PIXELS = max_pixels
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which it may quote
 
 
 def _write(datasets: dict, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
+    from medst_trl.data.image_index import loader_of
+
+    load = loader_of(reader)
 
     @lru_cache(maxsize=8)  # conversations about one image follow each other
     def image(name: str) -> dict:
         try:
-            return {"bytes": reader.stored_bytes(name), "path": None}
+            return {"bytes": load(name, identify=False).bytes, "path": None}
         except ImageProblem as problem:
             raise UserError(
                 f"The image {name} changed while it was being prepared ({problem}). Run again with --overwrite."
