@@ -20,26 +20,19 @@ and AdamW's `s` are halved. A 4-bit base takes half a byte for each weight of it
 of them, see `NF4`. The reference of DPO is a second adapter if one is trained further, nothing under a
 new adapter or if its log-probabilities are precomputed, and otherwise a second model.
 
-**Activations.** A transformer layer keeps for each token, in elements of `b` bytes (2 under bfloat16, else 4):
-
-    norms         2 hidden, always in float32            the input of each
-    attention     2 query + 2 key/value                  queries, keys, values, and the output; nothing quadratic
-    MLP           3 intermediate (gated), else 2         the inputs of the activation and of the product
-    inputs        of the linear layers that train        LoRA under autocast or dropout keeps a copy for each layer,
-                                                         otherwise layers that read the same share it
-    dropout       a mask on each LoRA input              1 byte per element on a GPU
-
-With gradient checkpointing only the input of each layer is kept, and one layer after another is recomputed. A tower
-keeps nothing if neither it nor anything before it trains. After the last layer come the tiles of TRL's
-fused output layer, 4,096 tokens by 32,768 entries of the vocabulary, instead of all logits.
+**Activations.** A rule for any transformer: a layer keeps for each token, in elements of `b` bytes (2 under bfloat16,
+else 4), the output of each linear layer, that of the activation function, and the input of each linear layer that
+trains or has LoRA; in float32, the inputs of its two norms; with dropout, a mask on each LoRA input. With gradient
+checkpointing only the input of each layer is kept, and one layer after another is recomputed. A vision tower in which
+nothing trains keeps nothing. After the last layer come the gradients of one MLP, and the tiles of TRL's fused output
+layer, 4,096 tokens by 32,768 entries of the vocabulary, instead of all logits.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -60,6 +53,7 @@ DEFAULT_LENGTH = 2048  # if no max_length is set
 HEAD_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens, and entries of the vocabulary
 NF4 = 1 / 2 + (1 + 4 / 256) / 64  # bytes: 4 bits, and for each 64 weights a scale that is kept in a little over 8 bits
 HEAD_COPIES_ON_CPU = 6  # in float32; a Triton kernel needs none
+MLP_GRADIENTS = 6  # hidden sizes
 DYNAMIC_IMAGE = 448  # pixels per side that are assumed if a model takes images of any size
 
 
@@ -210,79 +204,6 @@ def _gathered_elements(policy: Policy, hardware: Hardware) -> float:
 # Activations
 
 
-class Tower:
-    """
-    A language model or vision tower, as far as its activations depend on it. All sizes are of one layer.
-
-    Args:
-        module ([`~transformers.PreTrainedModel`]): The model or tower.
-        needs_graph (`bool`): Whether anything in it or before it trains.
-
-    Attributes:
-        layers (`int`): Number of layers.
-        hidden (`int`): Width of the hidden states.
-        intermediate (`int`): Width of the MLP.
-        heads (`int`): Number of attention heads.
-        query (`int`): Width of the queries.
-        key_value (`int`): Width of the keys, and of the values.
-        gated (`bool`): Whether the MLP has a gate.
-        eager (`bool`): Whether attention keeps its matrix.
-        in_full (`bool`): Whether the layers' own weights train.
-        lora_inputs (`float`): Sum of the input widths of all layers with LoRA.
-        lora_ranks (`float`): Sum of their ranks.
-        dropout (`bool`): Whether LoRA layers have dropout.
-    """
-
-    def __init__(self, module: PreTrainedModel, needs_graph: bool):
-        config = module.config
-
-        def first(*names: str, default: int | None = None) -> int:
-            return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
-
-        self.needs_graph = needs_graph
-        self.layers = first("num_hidden_layers", "depth")
-        self.hidden = first("hidden_size" if hasattr(config, "hidden_size") else "embed_dim")
-        self.intermediate = first("intermediate_size", default=4 * self.hidden)
-        self.heads = first("num_attention_heads", "num_heads")
-        head = first("head_dim", default=self.hidden // self.heads)
-        self.query = self.heads * head
-        self.key_value = first("num_key_value_heads", default=self.heads) * head
-        self.gated = any(name.endswith("gate_proj") for name, _ in module.named_modules())
-        self.eager = getattr(config, "_attn_implementation", None) == "eager"
-        matrices = [name for name, p in module.named_parameters() if p.requires_grad and p.dim() == 2]
-        self.in_full = any("lora_" not in name and ".layers." in f".{name}" for name in matrices)
-        adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and layer.lora_A]
-        self.lora_inputs = sum(layer.in_features for layer in adapted) / self.layers
-        self.lora_ranks = sum(next(iter(layer.r.values())) for layer in adapted) / self.layers
-        self.dropout = any(getattr(next(iter(layer.lora_dropout.values())), "p", 0) > 0 for layer in adapted)
-
-    def saved_per_token(self, precision: Precision, length: int) -> float:
-        """Bytes that one layer keeps for one token of a sequence of this length."""
-        elements = 2 * (self.query + self.key_value) + (3 if self.gated else 2) * self.intermediate
-        if self.eager:
-            elements += 2 * self.heads * length
-        inputs = 2 * self.hidden + self.query + self.intermediate
-        if self.in_full:
-            elements += inputs + (2 * self.hidden if precision.autocast else 0)
-        elif self.lora_inputs:
-            has_own_copies = precision.autocast or self.dropout
-            elements += self.lora_inputs if has_own_copies else min(inputs, self.lora_inputs)
-            elements += self.lora_ranks
-        masks = self.lora_inputs * (1 if precision.on_gpu else 4) if self.dropout else 0
-        return elements * precision.compute + 2 * self.hidden * 4 + masks
-
-    def saved(self, tokens: int, length: int, precision: Precision, checkpointing: bool) -> float:
-        """Bytes kept for a number of tokens in sequences of this length."""
-        if not self.needs_graph:
-            return 0.0
-        layer = tokens * self.saved_per_token(precision, length)
-        return self.layers * tokens * self.hidden * precision.stream + layer if checkpointing else self.layers * layer
-
-    def working(self, tokens: int, precision: Precision) -> float:
-        """Bytes of the gradients in the backward pass of one MLP."""
-        return tokens * (self.hidden + 2 * self.intermediate) * precision.compute if self.needs_graph else 0.0
-
-
 def activation_bytes(policy: Policy, sequences: int, length: int, precision: Precision, checkpointing: bool) -> float:
     """
     Bytes that one forward pass keeps, and that its backward pass needs in addition.
@@ -294,31 +215,33 @@ def activation_bytes(policy: Policy, sequences: int, length: int, precision: Pre
         precision ([`Precision`]): Bytes of an element.
         checkpointing (`bool`): Whether layers are recomputed.
     """
-    vision, language = towers(policy)
-    config, patches = policy.base_model.config, patches_of(policy.base_model)
-    tokens = sequences * length
-    saved = vision.saved(sequences * patches, patches, precision, checkpointing)
-    saved += language.saved(tokens, length, precision, checkpointing)
-    working = max(vision.working(sequences * patches, precision), language.working(tokens, precision))
-    return saved + working + head_bytes(tokens, language.hidden, config.get_text_config().vocab_size, precision)
+    model, parts, tokens = policy.base_model, model_parts(policy.base_model), sequences * length
+    saved = tower_bytes(policy, parts.language_model, tokens, precision, checkpointing)
+    if any(parts.part_of(name) == "vision" for name, p in policy.model.named_parameters() if p.requires_grad):
+        saved += tower_bytes(policy, parts.vision_tower, sequences * patches_of(model), precision, checkpointing)
+    text, (rows, columns) = model.config.get_text_config(), HEAD_TILE
+    copies = 0 if precision.on_gpu else HEAD_COPIES_ON_CPU * 4 * min(text.vocab_size, columns)
+    tile = min(tokens, rows) * (columns * precision.compute + copies)  # of a small vocabulary, too
+    return saved + tile + tokens * text.hidden_size * ((1 + MLP_GRADIENTS) * precision.compute + 4)
 
 
-def head_bytes(tokens: int, hidden: int, vocabulary: int, precision: Precision) -> float:
-    """Bytes of TRL's fused output layer: its input, the gradient of that in float32, and a tile of logits."""
-    rows, columns = min(tokens, HEAD_TILE[0]), HEAD_TILE[1]  # of a small vocabulary, too
-    tile = rows * columns * precision.compute
-    if not precision.on_gpu:
-        tile += HEAD_COPIES_ON_CPU * rows * min(vocabulary, columns) * 4
-    return tokens * hidden * (precision.compute + 4) + tile
-
-
-def towers(policy: Policy) -> tuple[Tower, Tower]:
-    """Vision tower and language model of a policy."""
-    model = policy.base_model
-    parts = model_parts(model)
-    trains = {parts.part_of(name) for name, p in policy.model.named_parameters() if p.requires_grad}
-    vision, language = (model.get_submodule(name) for name in (parts.vision_tower, parts.language_model))
-    return Tower(vision, needs_graph="vision" in trains), Tower(language, needs_graph=bool(trains))
+def tower_bytes(policy: Policy, name: str, tokens: int, precision: Precision, checkpointing: bool) -> float:
+    """Bytes that the layers of a tower keep of a number of tokens."""
+    layers = defaultdict(list)
+    for path, module in policy.base_model.get_submodule(name).named_modules():
+        layer = re.match(r"(.*?\.\d+)\.", path)
+        if layer and isinstance(module, nn.Linear) and "lora_" not in path:
+            trains = path.endswith(".base_layer") or module.weight.requires_grad
+            layers[layer[1]].append((module.in_features, module.out_features, module.in_features * trains))
+    has_dropout = policy.is_adapter and any(config.lora_dropout for config in policy.model.peft_config.values())
+    mask = (1 if precision.on_gpu else 4) if has_dropout else 0
+    kept, inputs = [], 0
+    for linear in layers.values():
+        hidden, outputs, trained = linear[0][0], [out for _, out, _ in linear], sum(size for *_, size in linear)
+        elements = sum(outputs) + max(outputs) - hidden + trained  # the last output is the input of the next norm
+        kept.append(elements * precision.compute + 2 * hidden * 4 + trained * mask)
+        inputs += hidden * precision.stream
+    return tokens * (inputs + max(kept, default=0) if checkpointing else sum(kept))
 
 
 def patches_of(model: PreTrainedModel) -> int:
