@@ -57,8 +57,9 @@ def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], 
     except Image.DecompressionBombError as error:
         raise ImageProblem("too_large", str(error)) from None
     except errors as error:
-        # PIL's message for a file that it cannot identify has the address of an object in it.
-        raise ImageProblem(reason, "" if isinstance(error, UnidentifiedImageError) else str(error)) from None
+        # PIL's message for a file that it cannot identify has the address of an object in it, others have a path.
+        detail = "" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
+        raise ImageProblem(reason, str(detail)) from None
 
 
 def max_bytes(max_pixels: int) -> int:

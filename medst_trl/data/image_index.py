@@ -13,7 +13,6 @@ from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Lock
-from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
@@ -180,7 +179,7 @@ class ImageIndex(NamedTuple):
     problems: dict[str, Rejected]
     group_ids: dict[str, str]
     hashes: dict[str, str | None]
-    notes: Mapping[str, int] = MappingProxyType({})
+    notes: Mapping[str, int]
 
 
 def index_images(
@@ -213,7 +212,14 @@ def index_images(
 
     names = list(dict.fromkeys(names))
     partial = path.with_name(f".{path.name}.tmp")
-    entries = _entries_to_resume(partial, path, groups)
+    entries = {entry["image"]: entry for entry in index_entries(partial) if _is_same(entry, groups)}
+    entries |= {entry["image"]: entry for entry in index_entries(path)}
+    # Datasets may have been written with the ids of a finished index.
+    if path.exists() and not all(_is_same(entry, groups, is_finished=True) for entry in entries.values()):
+        raise UserError(
+            f"{path} was written with another group_salt, or by an earlier version that reads DICOM files "
+            "differently. Finish the run with that one, or add --overwrite."
+        )
     todo = [name for name in names if name not in entries]
     if todo or not path.exists():
         # Not `atomic_path`: what an interrupted run leaves in the temporary file is where the next one resumes.
@@ -228,11 +234,7 @@ def index_images(
     good = [entry for entry in found if "image_id" in entry]
     return ImageIndex(
         {entry["image"]: entry["image_id"] for entry in good},
-        {
-            entry["image"]: Rejected("", entry["reason"], f"{entry['image']}: {entry['detail']}")
-            for entry in found
-            if "reason" in entry
-        },
+        {entry["image"]: Rejected("", entry["reason"], entry["detail"]) for entry in found if "reason" in entry},
         {entry["image"]: entry["group_id"] for entry in good if entry.get("group_id")},
         {entry["image_id"]: entry["near_hash"] for entry in good if "near_hash" in entry},
         Counter({entry["image_id"]: entry["note"] for entry in good if entry.get("note")}.values()),
@@ -241,33 +243,17 @@ def index_images(
 
 def _entry(name: str, found: StoredImage | ImageProblem, groups: GroupIds) -> dict:
     if isinstance(found, ImageProblem):
-        return {"image": name, "reason": found.reason, "detail": str(found), "group_id": None}
+        return {"image": name, "reason": found.reason, "detail": f"{name}: {found}", "group_id": None}
     group_id = groups.of_image(found.groups.get("file", name), found.groups)
     ids = {"image_id": found.image_id, "near_hash": found.near_hash, "group_id": group_id}
     return {"image": name, **ids, "note": found.note}
 
 
-def _entries_to_resume(partial: Path, path: Path, groups: GroupIds) -> dict[str, dict]:
-    """
-    Return the entries of an interrupted run that this run would write, too. Others are read again, unless the index is
-    finished: then datasets may be, too.
-    """
-    entries = {}
-    for file in (partial, path):
-        for entry in index_entries(file):
-            # Version 0.1.0 wrote no groups and no hashes, and showed DICOM files differently.
-            if "group_id" not in entry:
-                is_same = file == path and Path(entry["image"]).suffix.lower() not in DICOM_SUFFIXES
-            else:
-                is_same = entry["group_id"] is None or salt_of(entry["group_id"]) == salt_of(groups.of_key(""))
-            if is_same:
-                entries[entry["image"]] = entry
-            elif file == path:
-                raise UserError(
-                    f"{path} was written with another group_salt, or by an earlier version that reads DICOM files "
-                    "differently. Finish the run with that one, or add --overwrite."
-                )
-    return entries
+def _is_same(entry: Mapping, groups: GroupIds, is_finished: bool = False) -> bool:
+    """Whether this run would write the same entry, or at least the same `image_id` if the index is finished."""
+    if "group_id" not in entry:  # version 0.1.0 wrote no groups and no hashes, and showed DICOM files differently
+        return is_finished and Path(entry["image"]).suffix.lower() not in DICOM_SUFFIXES
+    return entry["group_id"] is None or salt_of(entry["group_id"]) == salt_of(groups.of_key(""))
 
 
 def index_entries(path: Path) -> Iterator[dict]:

@@ -9,10 +9,10 @@ without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`, 
 
 import hashlib
 import io
-import math
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ from .schema import bytes_of
 from .source import DICOM_SUFFIXES
 
 
+_ANY_SIZE = ImageSettings(max_pixels=sys.maxsize)
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
@@ -103,7 +104,7 @@ def identify(data: bytes) -> tuple[str | None, str | None]:
     it; None and None if it cannot be decoded.
     """
     try:
-        image = load_frame(_open_picture(data, math.inf), ImageSettings(), 1)
+        image = load_image(data, _ANY_SIZE, 1)
     except ImageProblem:
         return None, None
     return image.image_id, image.near_hash
@@ -111,8 +112,7 @@ def identify(data: bytes) -> tuple[str | None, str | None]:
 
 def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return an image of any dataset as the stages store it: upright 8-bit pixels, without metadata and path."""
-    opened = _open_picture(bytes_of(stored), math.inf)
-    return {"bytes": load_frame(opened, ImageSettings(), 1, identify=False).bytes, "path": None}
+    return {"bytes": load_image(bytes_of(stored), _ANY_SIZE, 1, identify=False).bytes, "path": None}
 
 
 def load_image(
@@ -187,7 +187,7 @@ def _store(frame: Frame, groups: dict[str, str], identify: bool) -> StoredImage:
 
 
 def _bytes_of(path: Path, max_pixels: int) -> bytes:
-    try:
+    with image_problem("unreadable"), image_problem("missing", (FileNotFoundError, NotADirectoryError)):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # before opening: a named pipe would wait forever
             raise ImageProblem("not_a_file")
@@ -196,13 +196,9 @@ def _bytes_of(path: Path, max_pixels: int) -> bytes:
         if status.st_size > max_bytes(max_pixels):
             raise ImageProblem("too_large", f"{status.st_size} bytes")
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ImageProblem("missing") from None
-    except (OSError, ValueError) as error:
-        raise ImageProblem("unreadable", str(getattr(error, "strerror", "") or error)) from None
 
 
-def _open_picture(data: bytes, max_pixels: float) -> Frames:
+def _open_picture(data: bytes, max_pixels: int) -> Frames:
     """Open a file with PIL. Its frames are upright 8-bit images."""
     with image_problem("not_an_image"):
         image = Image.open(io.BytesIO(data), formats=_formats())

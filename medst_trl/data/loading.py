@@ -6,6 +6,7 @@ Open datasets: those that the stages write, and your own in one of the usual for
 A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk`, or on the Hub.
 """
 
+import glob
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,7 +121,8 @@ def _read(files: list[Path], split: str, kind: str | None) -> "Dataset":
     if files[0].is_dir():
         return load_from_disk(files[0])
     if files[0].suffix == ".parquet":
-        return load_dataset("parquet", data_files={split: list(map(str, files))}, split=split)
+        names = [glob.escape(str(file)) for file in files]  # otherwise a path with brackets is a pattern
+        return load_dataset("parquet", data_files={split: names}, split=split)
     return _read_json(files, kind)
 
 

@@ -5,6 +5,7 @@ Read tables of questions in Parquet files or on the Hub, with the images inside:
 there have the columns `image`, `question` and `answer`, and a file or more for each split.
 """
 
+import glob
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -72,7 +73,7 @@ def _splits(path: Path) -> dict[str, "Dataset"]:
 
     with readable_errors(path):
         if path.is_file():
-            return load_dataset("parquet", data_files={split_named_by(path.name) or "train": str(path)})
+            return load_dataset("parquet", data_files={split_named_by(path.name) or "train": glob.escape(str(path))})
         hub_id, revision = split_revision(str(path))
         return load_dataset(hub_id, revision=revision)
 
