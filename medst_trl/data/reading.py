@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean, visible_files
 
-from .source import Rejected, column_name
+from .cells import column_name, column_names
+from .source import Rejected
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ _DECLARED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*$', re.IGNORECASE)  # Excel's f
 # A symbol between letters, or several accented letters in a row: Polish or Cyrillic read as cp1252.
 _NOT_WESTERN = re.compile(r"[^\W\d_][¡¢£¤¥¦¨©¬®¯³´¸¹¿][^\W\d_]|[^\W\d_\x00-\x7f]{3}")
 _KANA, _HANGUL, _IDEOGRAPH = map(re.compile, ("[\u3040-\u30ff]", "[\uac00-\ud7a3]", "[\u4e00-\u9fff]"))
-_ALIASES = {"image": ("images", "file_name")}  # `file_name`: the `metadata.csv` of Hugging Face's image folders
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -220,12 +220,6 @@ def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iter
     read = _workbook if suffix in (".xlsx", ".xlsm") else _text_table
     for position, (number, row) in enumerate(read(path, key, notes)):
         yield position, replace(row, id=f"{path.name}#line {number}") if isinstance(row, Rejected) else row
-
-
-def column_names(names: Iterable[Any], key: str) -> list[str]:
-    """Return [`column_name`] of the columns of a table, with the usual other names of the column `key` replaced."""
-    names = [column_name(name) for name in names]
-    return names if key in names else [key if name in _ALIASES.get(key, ()) else name for name in names]
 
 
 def _workbook(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tables import write_table
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.cells import is_missing
 from medst_trl.data.reading import column_name, read_json_records, read_rows
-from medst_trl.data.source import Question, Rejected, is_missing
+from medst_trl.data.source import Question, Rejected
 from medst_trl.data.sources.images import read_captions, read_table
 
 
@@ -368,6 +369,8 @@ def test_missing_values_never_become_text(value):
 @given(ANSWERS)
 def test_numbers_and_booleans_are_answers(value):
     expected = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value).strip()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        expected = str(int(value))
     question = Question.from_row("q", {"image": "a.png", "question": "What?", "answer": value})
     assert question.answer == expected
     assert question.answer_type == ("closed" if expected.lower() in ("yes", "no") else "open")
@@ -426,3 +429,22 @@ def test_several_images_may_be_a_list_in_json(tmp_path):
     assert [item.reason for item in source.rejected] == [
         "no_answer", "no_image", "no_image", "not_text", "several_test_images",
     ]  # fmt: skip
+
+
+def test_images_without_question_of_another_split_do_not_become_training_data(tmp_path):
+    rows = [
+        {"image": f"{n}.png", "question": question, "answer": question, "split": split}
+        for n, (question, split) in enumerate([("", "test"), ("#N/A", "val"), ("nan", ""), ("", "fold 1")])
+    ]
+    source = read_table(write_table(tmp_path / "t.csv", rows), tmp_path)
+    assert [conversation.images for conversation in source.conversations] == [("2.png",)]
+    assert [(item.reason, item.value) for item in source.rejected] == [
+        ("unlabeled_test_image", "0.png"), ("unlabeled_validation_image", "1.png"), ("bad_split", "fold 1"),
+    ]  # fmt: skip
+
+
+def test_captions_of_another_split_are_no_training_data(tmp_path):
+    rows = [{"image": f"{n}.png", "caption": "A scan.", "split": s} for n, s in enumerate(["", "val", "test", "x"])]
+    source = read_captions(write_table(tmp_path / "t.csv", rows), tmp_path)
+    assert [conversation.split for conversation in source.conversations] == ["train", "validation"]
+    assert [item.reason for item in source.rejected] == ["test_caption", "bad_split"] and not source.counts

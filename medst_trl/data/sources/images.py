@@ -8,6 +8,7 @@ from pathlib import Path
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
+from medst_trl.data.cells import BadRecord, image_cell, read_split, text_value
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import dialogue
 from medst_trl.data.source import (
@@ -18,9 +19,7 @@ from medst_trl.data.source import (
     Records,
     Source,
     SourceCard,
-    image_cell,
     question_or_image,
-    text_value,
 )
 
 
@@ -67,13 +66,13 @@ def read_table(
     """
     Read a table of images, see [`~medst_trl.data.reading.read_rows`]; for a directory see [`read_folder`].
 
-    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); optionally `question` and `answer`
+    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); optionally `question` and `answer`
     together, and with them `id`, `split` (train, validation or test; default train), `answer_type` (open or closed;
     default closed for yes and no), `question_type` and `link` (shared by the paraphrases of one question). A row
     without a question is an unlabeled image.
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
-    `duplicate_id`, and those of [`~medst_trl.data.source.Question.from_row`].
+    `duplicate_id`, and those of [`~medst_trl.data.source.question_or_image`].
     """
     if path.is_dir():
         return read_folder(path, follow_symlinks)
@@ -89,7 +88,8 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0, group_column: s
     (https://huggingface.co/papers/2306.00890), the user asks for a brief description if the caption has fewer than 30
     words, and for a detailed one otherwise. The wording of the request is sampled for each record.
 
-    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); `caption`; optionally `id`.
+    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); `caption`; optionally `id` and `split`
+    (train or validation).
 
     Args:
         path (`pathlib.Path`):
@@ -102,15 +102,20 @@ def read_captions(path: Path, image_folder: Path, seed: int = 0, group_column: s
             Column with the group of a record, such as a patient.
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
-    `no_image`, `no_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
+    `no_image`, `no_caption`, `bad_split`, `test_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
 
     def conversation(name: str, row: dict) -> Conversation:
         images, caption = image_cell(row.get("image")), text_value(row.get("caption"), missing="no_caption")
-        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], len(images)))
+        if (split := read_split(row.get("split"))) == "test":  # a benchmark has questions
+            raise BadRecord("test_caption", row["split"])
+        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], len(images)), split)
 
     return _read_rows(
-        Records("captions", image_folder, group_column=group_column), path, conversation, ("id", "image", "caption")
+        Records("captions", image_folder, group_column=group_column),
+        path,
+        conversation,
+        ("id", "image", "caption", "split"),
     )
 
 

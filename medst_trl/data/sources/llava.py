@@ -5,19 +5,10 @@
 import re
 from pathlib import Path
 
+from medst_trl.data.cells import BadRecord, answer_text, is_missing, text_value
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.data.source import (
-    SOURCES,
-    BadRecord,
-    Conversation,
-    Records,
-    Source,
-    SourceCard,
-    answer_text,
-    is_missing,
-    text_value,
-)
+from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard
 
 
 PLACEHOLDER = "<image>"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medst_trl.base.settings import documented
+from medst_trl.data.cells import BadRecord, text_value
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Rejected, Source, SourceCard, text_value
+from medst_trl.data.source import SOURCES, Question, Records, Rejected, Source, SourceCard
 
 from .vqa_rad import IMAGE_FOLDERS
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medst_trl.base.settings import documented
+from medst_trl.data.cells import read_answer_type, text_value
 from medst_trl.data.overlap import plain_question
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard, read_answer_type, text_value
+from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions, as releases come

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.files import write_json
-from medst_trl.data.source import BadRecord
+from medst_trl.data.cells import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
 from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.cells import BadRecord, guess_answer_type
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.source import BadRecord, Rejected, guess_answer_type
+from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode, read_questions
 
 
