@@ -58,14 +58,9 @@ def read_parquet(name: str, request: SourceRequest, settings: ImageSettings) -> 
     records = Records(name, request.image_folder, images, group_column=request.group_column)
     for split, dataset in _splits(request.data_path).items():
         columns = column_names(dataset.column_names, "image")
-        check_header(columns, ("image",), request.data_path, None)
-        records.collect(
-            images.rows(dataset, columns, {"split": split}),
-            question_or_image,
-            default_id=lambda position, _, split=split: f"{name}-{split}-{position:05d}",
-            own_id=lambda row: row.get("id"),
-            used=QUESTION_COLUMNS,
-        )
+        check_header(columns, ("image",), request.data_path)
+        rows = images.rows(dataset, columns, {"split": split})
+        records.collect(rows, question_or_image, prefix=f"{name}-{split}-", used=QUESTION_COLUMNS)
     return records
 
 

@@ -42,7 +42,6 @@ SOURCES.register(
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import count
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,57 +214,53 @@ class Records:
         self,
         items: Iterable[tuple[int, dict | Rejected]],
         make: Callable[[str, dict], Conversation | Question | None],
-        default_id: Callable[[int, dict], str],
-        own_id: Callable[[dict], Any] | None = None,
-        used: Collection[str] | None = None,
-        ids_may_repeat: bool = False,
+        prefix: str = "row-",
+        id_key: str = "id",
+        used: Collection[str] = (),
+        keep_first: bool = False,
     ) -> None:
         """
-        Add what `make` returns for each item. An item that raises [`BadRecord`] or repeats an id is rejected.
+        Add what `make` returns for each item. An item that raises [`BadRecord`] or is a copy is rejected, also if only
+        its own id is that of another record: such a record gets another one (`<id>-2`).
 
         Args:
             items (iterable of `(position, dict)`):
                 As `reading.py` yields them. A [`Rejected`] among them is added to the rejected records.
             make (`Callable`):
                 Takes the id and the record, and returns a conversation or a question, or None to skip the record.
-            default_id (`Callable`):
-                Takes the position and the record, and returns the id of a record without its own.
-            own_id (`Callable`, *optional*):
-                Takes the record and returns its own id, if it has one.
+            prefix (`str`, *optional*, defaults to `"row-"`):
+                Prefix of the ids of records without their own, before their positions.
+            id_key (`str`, *optional*, defaults to `"id"`):
+                Key of a record's own id.
             used (collection of `str`, *optional*):
-                Names of the columns that `make` uses. The counts name the others that have values.
-            ids_may_repeat (`bool`, *optional*, defaults to `False`):
-                Whether a record that repeats an id gets another one (`<id>-2`), unless it is a copy.
+                Names of the columns that `make` uses. If given, the counts name the others that have values.
+            keep_first (`bool`, *optional*, defaults to `False`):
+                Whether a record is also rejected if it is no copy, but repeats an id.
         """
-        taken: dict[str, set[int]] = {record.id: set() for record in self}  # by id, hashes of the records that had it
-        unused: dict[str, None] = {}
+        taken, seen, unused = {record.id: 1 for record in self}, set(), {}
         group_column = self.group_column and column_name(self.group_column)
-        known = {*(used or ()), group_column}
+        known = {"", *used, group_column}
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
                 continue
-            name = default_id(position, item)
-            if used is not None:
+            name = f"{prefix}{position:06d}"
+            if used:
                 unused |= dict.fromkeys(key for key in item if key not in known and not is_missing(item[key]))
             try:
-                name = optional_text(own_id(item)) or name if own_id is not None else name
-                if name in taken and not ids_may_repeat:
-                    raise BadRecord("duplicate_id", name)
-                record = make(name, item)
-                if record is not None and group_column:
-                    group = next((value for key, value in item.items() if column_name(key) == group_column), None)
-                    record = replace(record, group=group_text(group))
-                if record is not None and ids_may_repeat:
-                    record = _with_free_id(record, taken)
-                if record is not None and record.id in taken:
+                name = optional_text(item.get(id_key)) or name
+                if (record := make(name, item)) is None:
+                    continue
+                if group_column:
+                    record = replace(record, group=group_text(item.get(group_column)))
+                if (content := hash(repr(record))) in seen or (keep_first and record.id in taken):
                     raise BadRecord("duplicate_id", record.id)
             except BadRecord as bad:
                 self.rejected.append(Rejected(name, bad.reason, bad.value))
                 continue
-            if record is not None:
-                taken[record.id] = {hash(repr(record))} if ids_may_repeat else set()
-                (self.questions if isinstance(record, Question) else self.conversations).append(record)
+            seen.add(content)
+            record = replace(record, id=free_id(record.id, taken))
+            (self.questions if isinstance(record, Question) else self.conversations).append(record)
         if unused:
             self.counts["columns_not_used"] = ", ".join(unused)
 
@@ -415,14 +410,14 @@ def question_or_image(name: str, row: Mapping[str, Any]) -> Question | Conversat
     return Conversation(name, images, [])
 
 
-def _with_free_id(record: Conversation, taken: Mapping[str, set[int]]) -> Conversation:
-    """Return a record under an id that is not taken. A copy of a record that had its id is unchanged."""
-    content, same = hash(repr(record)), taken.get(record.id, ())
-    if not same or content in same:
-        return record
-    same.add(content)
-    others = (f"{record.id}-{number}" for number in count(len(same)))
-    return replace(record, id=next(name for name in others if name not in taken))
+def free_id(name: str, taken: dict[str, int]) -> str:
+    """Return an id, or if it is taken `<id>-2` and so on, and count it as taken."""
+    free = name
+    while free in taken:
+        taken[name] += 1
+        free = f"{name}-{taken[name]}"
+    taken[free] = 1
+    return free
 
 
 def check_image_folder(directory: Path) -> None:

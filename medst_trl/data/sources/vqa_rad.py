@@ -114,11 +114,8 @@ def collect_questions(
         # A missing one is bad, too: these benchmarks give the type of each question.
         return replace(result, answer_type=read_answer_type(record.get("answer_type")))
 
-    records.collect(
-        read_json_records(file, "question", records.counts),
-        question,
-        default_id=lambda position, record: str(record.get("qid", f"{file.name}#{position}")),
-    )
+    rows = read_json_records(file, "question", records.counts)
+    records.collect(rows, question, prefix=f"{file.name}#", id_key="qid", keep_first=True)
 
 
 _VQA_RAD_CARD = SourceCard(

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medst_trl.data.schema import text_of
+from medst_trl.data.source import SourceRequest
 from medst_trl.data.sources.llava import read_llava, split_at_images
 
 
@@ -21,7 +22,7 @@ def gpt(text):
 
 def read(tmp_path, *records, name="a.json"):
     (tmp_path / name).write_text(json.dumps(records))
-    return read_llava(tmp_path / name, tmp_path)
+    return read_llava(SourceRequest(tmp_path / name, tmp_path))
 
 
 def reasons(tmp_path, *records):
@@ -166,8 +167,9 @@ def test_booleans_are_answers_and_missing_values_are_not(tmp_path):
 
 def test_real_conversations_are_read(shared_data, tmp_path):
     path = shared_data / "preference_pairs" / "mmedpo_vqa-rad_dpo_weighted.json"
-    source = read_llava(path, shared_data / "vqa_rad" / "images")
+    source = read_llava(SourceRequest(path, shared_data / "vqa_rad" / "images"))
     assert len(source.conversations) + len(source.rejected) == 1797
     assert {item.reason for item in source.rejected} <= {"duplicate_id"}
-    few_shot = read_llava(shared_data / "llava_med" / "llava_med_instruct_few_shot_examples.json", tmp_path)
+    path = shared_data / "llava_med" / "llava_med_instruct_few_shot_examples.json"
+    few_shot = read_llava(SourceRequest(path, tmp_path))
     assert len(few_shot.conversations) + len(few_shot.rejected) == 8
