@@ -121,8 +121,10 @@ def read_split(value: Any) -> str:
     return split
 
 
-def read_answer_type(value: Any) -> str:
-    """Return the answer type that a source gives, such as `CLOSED` or `open-ended`."""
+def read_answer_type(value: Any, answer: str | None = None) -> str:
+    """Return the answer type that a field gives, such as `CLOSED` or `open-ended`. By default, that of the answer."""
+    if answer is not None and is_missing(value):
+        return guess_answer_type(answer)
     if not isinstance(value, str) or not (match := _ANSWER_TYPE.fullmatch(value)):
         raise BadRecord("bad_answer_type", value)
     return "open" if match[1].lower() == "open" else "closed"

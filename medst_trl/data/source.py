@@ -50,20 +50,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
-from .cells import (
-    BadRecord,
-    answer_text,
-    column_name,
-    group_text,
-    guess_answer_type,
-    image_cell,
-    is_missing,
-    optional_text,
-    printable,
-    read_answer_type,
-    read_split,
-    text_value,
-)
+from . import cells
+from .cells import BadRecord
 
 
 QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
@@ -126,20 +114,20 @@ class Question:
             name (`str`):
                 Its id.
             row (`dict`):
-                `image` (see [`image_cell`]), `question`, `answer`; optionally `split` (default train), `answer_type`
-                (default closed for yes and no), `question_type` and `link`.
+                `image` (see [`~medst_trl.data.cells.image_cell`]), `question`, `answer`; optionally `split` (default
+                train), `answer_type` (default closed for yes and no), `question_type` and `link`.
 
         Raises:
             BadRecord: `no_image`, `several_test_images`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
                 `not_text`, `bad_unicode`.
         """
-        image, *more = image_cell(row.get("image"))
-        question, answer = text_value(row.get("question"), missing="no_question"), answer_text(row.get("answer"))
-        split, given_type = read_split(row.get("split")), row.get("answer_type")
+        image, *more = cells.image_cell(row.get("image"))
+        question = cells.text_value(row.get("question"), missing="no_question")
+        answer, split = cells.answer_text(row.get("answer")), cells.read_split(row.get("split"))
         if more and split == "test":  # a benchmark has one image per row
             raise BadRecord("several_test_images", row.get("image"))
-        answer_type = guess_answer_type(answer) if is_missing(given_type) else read_answer_type(given_type)
-        question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
+        answer_type = cells.read_answer_type(row.get("answer_type"), answer)
+        question_type, link = (cells.optional_text(row.get(name)) for name in ("question_type", "link"))
         return cls(name, image, split, question, answer, answer_type, question_type, link, tuple(more))
 
     @property
@@ -157,11 +145,9 @@ class Rejected:
     value: Any = None
 
     def as_row(self) -> dict:
-        is_plain = isinstance(self.value, str | int | None) or (isinstance(self.value, float) and isfinite(self.value))
-        value = self.value if is_plain else repr(self.value)  # JSON has no NaN
-        if isinstance(value, str):
-            value = printable(value[:200])
-        return {"id": printable(self.id), "reason": self.reason, "value": value}
+        is_number = isinstance(self.value, int | None) or (isinstance(self.value, float) and isfinite(self.value))
+        value = self.value if is_number else cells.printable(str(self.value)[:200])  # JSON has no NaN
+        return {"id": cells.printable(self.id), "reason": self.reason, "value": value}
 
 
 def list_reasons(counts: Mapping[str, int]) -> str:
@@ -238,7 +224,7 @@ class Records:
                 Whether a record is also rejected if it is no copy, but repeats an id.
         """
         taken, seen, unused = {record.id: 1 for record in self}, set(), {}
-        group_column = self.group_column and column_name(self.group_column)
+        group_column = self.group_column and cells.column_name(self.group_column)
         known = {"", *used, group_column}
         for position, item in items:
             if isinstance(item, Rejected):
@@ -246,13 +232,13 @@ class Records:
                 continue
             name = f"{prefix}{position:06d}"
             if used:
-                unused |= dict.fromkeys(key for key in item if key not in known and not is_missing(item[key]))
+                unused |= dict.fromkeys(key for key in item if key not in known and not cells.is_missing(item[key]))
             try:
-                name = optional_text(item.get(id_key)) or name
+                name = cells.optional_text(item.get(id_key)) or name
                 if (record := make(name, item)) is None:
                     continue
                 if group_column:
-                    record = replace(record, group=group_text(item.get(group_column)))
+                    record = replace(record, group=cells.group_text(item.get(group_column)))
                 if (content := hash(repr(record))) in seen or (keep_first and record.id in taken):
                     raise BadRecord("duplicate_id", record.id)
             except BadRecord as bad:
@@ -402,9 +388,9 @@ def question_or_image(name: str, row: Mapping[str, Any]) -> Question | Conversat
     Make a question of the row of a table, or an unlabeled image of a row without question and answer. Unlabeled images
     are training data: those of another split are rejected, `unlabeled_test_image` or `unlabeled_validation_image`.
     """
-    if not (is_missing(row.get("question")) and is_missing(row.get("answer"))):
+    if not (cells.is_missing(row.get("question")) and cells.is_missing(row.get("answer"))):
         return Question.from_row(name, row)
-    images, split = image_cell(row.get("image")), read_split(row.get("split"))
+    images, split = cells.image_cell(row.get("image")), cells.read_split(row.get("split"))
     if split != "train":
         raise BadRecord(f"unlabeled_{split}_image", row.get("image"))
     return Conversation(name, images, [])

@@ -17,7 +17,7 @@ from medst_trl.base.files import write_json
 from medst_trl.data.cells import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import NOT_ENGLISH, answer_type, complete_rows, read_with_answers
+from .questions import GOLD, NOT_ENGLISH, answer_type, complete_rows, read_with_answers
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -61,12 +61,8 @@ def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)
     return {
         "id": row.get("id") or str(number),
-        "image_id": row.get("image_id"),
-        "question": row["question"],
-        "answer": row["answer"],
+        **{key: row.get(key) for key in GOLD},
         **answer_type(row["answer"], row.get("answer_type")),
-        "question_type": row.get("question_type"),
-        "group_id": row.get("group_id"),
         "prediction": prediction,
         **({"response": response} if response != prediction else {}),
     }

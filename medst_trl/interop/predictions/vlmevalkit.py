@@ -20,7 +20,7 @@ from medst_trl.base.files import write_json, write_text
 from medst_trl.data.reading import read_rows
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
 
-from .questions import answer_type, complete_rows, read_with_answers
+from .questions import GOLD, answer_type, complete_rows, read_with_answers
 
 
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
@@ -63,15 +63,11 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
 
 def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
-    answer = None if row.get("answer") == "" else row.get("answer")
     return {
         "id": str(row["index"] if row.get("id") in (None, "") else row["id"]),
-        "image_id": row.get("image_id") or None,
+        **{key: None if row.get(key) == "" else row.get(key) for key in GOLD},
         "question": row["question"],
-        "answer": answer,
-        **answer_type(answer, row.get("answer_type")),
-        "question_type": row.get("question_type") or None,
-        "group_id": row.get("group_id") or None,
+        **answer_type(row.get("answer") or None, row.get("answer_type")),
         "prediction": row["prediction"],
     }
 
