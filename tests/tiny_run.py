@@ -66,7 +66,7 @@ def write_instruct(
     **columns,
 ) -> str:
     """Write an instruct dataset with one conversation per number, whose id is `r<number>`, and text `columns`."""
-    rows = [{**conversation(n, turns), "image_ids": [str(n)], **columns} for n in numbers]
+    rows = [{**conversation(n, turns), "image_ids": [f"{n:064x}"], **columns} for n in numbers]
     for message in (message for row in rows for message in row["messages"]):
         message["vusr"] = False
     directory.mkdir(exist_ok=True)

@@ -79,7 +79,9 @@ def package_versions() -> dict[str, str | None]:
 
 def _results_in(directory: Path) -> list[str]:
     skipped = (".", "checkpoint-", "__pycache__", REFERENCE_FOLDER)  # not part of the result, nor are records
-    return sorted(name for name in visible_files(directory, skipped) if Path(name).name != "stage.json")
+    # `medst evaluate` adds contamination.json to results of earlier versions.
+    others = ("stage.json", "contamination.json")
+    return sorted(name for name in visible_files(directory, skipped) if Path(name).name not in others)
 
 
 def _sha256_of_files(directory: Path, names: list[str]) -> str:

@@ -13,7 +13,7 @@ from medst_trl.data.overlap import Inventory
 
 CONTAMINATION_FILE = "contamination.json"
 
-# What is compared, as in tables, and what is counted.
+# Name of each figure, its label in tables, and the unit that is counted.
 FIGURES = {
     "exact": ("exact copies", "images"),
     "near": ("near copies", "images"),
@@ -21,6 +21,7 @@ FIGURES = {
     "questions": ("same question and image", "questions"),
     "texts": ("same question alone", "questions"),
 }
+UNKNOWN = {"figures": {name: {"n": None, "of": 0} for name in FIGURES}, "compared": []}
 EXPLANATION = (
     "Exact copies have the pixels of a training image; near copies are resized or re-encoded. Same group: there are "
     "training images of the same patient, study or directory. Same question and image: training asks the question "
@@ -29,7 +30,7 @@ EXPLANATION = (
 )
 
 
-def compare(
+def count_shared(
     benchmark: Inventory, training: Sequence[Inventory], image_ids: Collection[str], near_copy_bits: int
 ) -> dict[str, dict[str, int]]:
     """
@@ -45,7 +46,7 @@ def compare(
         `dict`: for each of `FIGURES`, the number `n` of the images or questions `of` the benchmark:
 
         - exact: images with the same pixels as a training image
-        - near: other images that are near copies of a training image
+        - near: other images that are near copies of a training image, of those with a near hash
         - groups: images whose group has training images, of those with a group
         - questions: questions that training asks about the same image, a near copy, or an image of its group
         - texts: questions that training asks about any image
@@ -60,7 +61,7 @@ def compare(
             for group in groups:
                 members[group].add(image)
     all_texts = set().union(*(one.texts for one in training))
-    found, grouped = dict.fromkeys(FIGURES, 0), 0
+    found = dict.fromkeys(FIGURES, 0)
     for image, texts in benchmark.questions.items():
         same_group = set().union(*(members.get(group, ()) for group in benchmark.groups.get(image, ())))
         related = same_group | near[image] | {image}
@@ -70,11 +71,10 @@ def compare(
         found["groups"] += bool(same_group)
         found["questions"] += sum(text in known for text in texts)
         found["texts"] += sum(text in all_texts for text in texts)
-        grouped += image in benchmark.groups
+    hashed = sum(code is not None for code in benchmark.hashes.values())
     questions = sum(map(len, benchmark.questions.values()))
-    totals = {"images": len(benchmark.questions), "questions": questions}
-    of = {name: grouped if name == "groups" else totals[unit] for name, (_, unit) in FIGURES.items()}
-    return {name: {"n": found[name], "of": of[name]} for name in FIGURES}
+    of = {"exact": len(benchmark.questions), "near": hashed, "groups": len(benchmark.groups)}
+    return {name: {"n": found[name], "of": of.get(name, questions)} for name in FIGURES}
 
 
 class Contamination:
@@ -82,7 +82,7 @@ class Contamination:
     The content of a `contamination.json`.
 
     Args:
-        content (`dict`): The content.
+        content (`dict`, *optional*): The content. By default, nothing was checked.
 
     Attributes:
         compared (`list[dict]`): What the benchmark was compared with, as `medst evaluate` writes it.
@@ -92,7 +92,7 @@ class Contamination:
         LookupError, TypeError, ValueError or AttributeError: if the content has another form.
     """
 
-    def __init__(self, content: Mapping[str, Any]):
+    def __init__(self, content: Mapping[str, Any] = UNKNOWN):
         self.compared = content["compared"]
         self.figures = {name: (content["figures"][name]["n"], content["figures"][name]["of"]) for name in FIGURES}
         # What is shown of it, with the right types.
@@ -107,7 +107,7 @@ class Contamination:
             return None
 
     @property
-    def is_found(self) -> bool:
+    def is_contaminated(self) -> bool:
         """Whether the model may have seen answers: the same words about another image are no contamination."""
         return any(n for name, (n, _) in self.figures.items() if name != "texts")
 
@@ -115,8 +115,12 @@ class Contamination:
         """Yield the label of each figure, and what was found."""
         for name, (label, unit) in FIGURES.items():
             (n, of), missing = self.figures[name], sum(name in one["not_checked"] for one in self.compared)
-            partly = f" (not checked for {missing} of {len(self.compared)} sources)" if missing else ""
-            yield label, "not checked" if n is None else f"{n:,} of {of:,} {unit}{partly}"
+            text = "not checked" if n is None else f"{n:,} of {of:,} {unit}"
+            if n is not None and name == "near" and (plain := self.figures["exact"][1] - of):
+                text += f" ({plain:,} others are too plain)"
+            if n is not None and missing:
+                text += f" (not checked for {missing} of {len(self.compared)} sources)"
+            yield label, text
 
     def sources(self, name_of: Callable[[Mapping[str, Any]], str]) -> Iterator[str]:
         """Describe what the benchmark was compared with. `name_of` names a dataset or model by its fingerprint."""
@@ -125,14 +129,15 @@ class Contamination:
             for name, reason in one["not_checked"].items():
                 reasons[reason].append(FIGURES[name][0])
             not_checked = (f"; not checked: {', '.join(labels)} ({reason})" for reason, labels in reasons.items())
-            what = f"data of {one['stage']}" if one["stage"] else "images of the model"
-            yield f"{what}, {name_of(one)}: {one['images']:,} images{''.join(not_checked)}"
+            what = f"training data of {one['stage']}" if one["stage"] else "images of the model"
+            images = "not read" if one["images"] is None else f"{one['images']:,} images"
+            yield f"{what}, {name_of(one)}: {images}{''.join(not_checked)}"
 
     def __str__(self) -> str:
         """Describe the result in one line."""
         if not self.compared:
             return "Contamination: not checked, no training data of the model is known."
         figures = ", ".join(f"{label} {text}" for label, text in self.rows())
-        if self.is_found:
+        if self.is_contaminated:
             return f"Warning: training data of the model contains parts of the benchmark: {figures}."
         return f"Contamination: {figures}."

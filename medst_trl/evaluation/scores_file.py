@@ -24,6 +24,11 @@ Scores = dict[str, dict[FigurePath, Leaf]]
 """Metric to path to a figure."""
 
 
+def score_files(directory: Path) -> list[Path]:
+    """Return the `scores.json` in an output directory of `medst evaluate`, or those of several benchmarks below it."""
+    return sorted(directory.glob(SCORES_FILE)) or sorted(directory.glob(f"*/{SCORES_FILE}"))
+
+
 class ScoresFile:
     """
     The content of a `scores.json`.

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import write_text
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local
@@ -24,9 +24,9 @@ from medst_trl.base.redaction import hide_secrets, is_private_key
 from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import KINDS
 from medst_trl.data.source import SOURCES
-from medst_trl.evaluation.contamination import EXPLANATION, Contamination
-from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile, tenths
-from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, contamination_of, nearest_record, records_of
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, EXPLANATION, Contamination
+from medst_trl.evaluation.scores_file import ScoresFile, score_files, tenths
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record, records_of
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.chat_template import saved_role
 from medst_trl.policy.families import family_of
@@ -90,9 +90,11 @@ def model_card(
         evaluations (sequence of `str` or `os.PathLike`): Directories with `scores.json`.
         license, run: As in [`dataset_card`].
     """
-    results = [result for place in evaluations for result in read_results(Path(place), contents.directory, run)]
+    results = [result for place in evaluations for result in read_results(Path(place), contents.directory)]
     steps, merged = steps_to(contents.directory, run), read_merged(contents.directory)
     base_model = base_model or (merged["base"] if merged else None)
+    # Of a contaminated benchmark, scores are shown with a warning, which the metadata cannot hold.
+    clean = [(name, file) for name, file, contamination in results if not contamination.is_contaminated]
     data = ModelCardData(
         license=license,
         library_name="peft" if contents.kind == "adapter" else "transformers",
@@ -100,12 +102,12 @@ def model_card(
         base_model=base_model.partition("@")[0] if is_hub_id(base_model) else None,
         tags=["medst_trl", "medical", "trl", "self-questioning", *(step["stage"] for step in steps[-1:])],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[score for name, file, _ in results for score in _for_hub(name, file)] or None,
+        eval_results=[score for name, file in clean for score in _for_hub(name, file)] or None,
         **{KIND: contents.kind},
     )
     values = {"kind": contents.kind, "base_model": base_model, "merged": merged, "results": results}
     values |= {"is_plain": is_plain(contents), "has_training_images": TRAINING_IMAGES_FILE in contents.files}
-    values |= {"describe": _describe, "explanation": EXPLANATION}
+    values |= {"describe": _describe, "explanation": EXPLANATION, "number_of": number_of}
     return _render("model.md", data, repo_id, steps, values)
 
 
@@ -185,16 +187,13 @@ def _link(text: str, url: str | None) -> str:
     return f"[{_cell(text)}]({url})" if url and _URL.fullmatch(url) else _cell(text)
 
 
-def read_results(
-    directory: Path, model: Path, run: Path | None = None
-) -> Iterator[tuple[str, ScoresFile, Contamination]]:
+def read_results(directory: Path, model: Path) -> Iterator[tuple[str, ScoresFile, Contamination]]:
     """
     Read the scores in an output directory of `medst evaluate`, which has subdirectories for several benchmarks.
 
     Args:
         directory (`Path`): Where the scores are.
         model (`Path`): Directory of the model that must have been evaluated, if the scores name one that exists.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
 
     Yields:
         `tuple`: for each `scores.json`, the name of the benchmark (its Hub id or source, never a path), the scores,
@@ -203,19 +202,15 @@ def read_results(
     Raises:
         UserError: if there are no scores, a file has another form, or another model was evaluated.
     """
-    paths = sorted(directory.glob(SCORES_FILE)) or sorted(directory.glob(f"*/{SCORES_FILE}"))
-    if not paths:
+    if not (paths := score_files(directory)):
         raise UserError(f"{directory} has no scores.json. Give an output directory of `medst evaluate`.")
     for path in paths:
         file = ScoresFile.read(path)
         evaluated = Path(name) if (name := file.content.get("model")) else None
         if evaluated and evaluated.exists() and not _is_model(evaluated, model):
             raise UserError(f"{path} has the scores of {evaluated}, not of {model}. Leave it out, or push that model.")
-        yield (
-            _benchmark_name(file.content.get("benchmark") or "", path),
-            file,
-            contamination_of(path, file.content, run),
-        )
+        contamination = Contamination.read(path.with_name(CONTAMINATION_FILE)) or Contamination()
+        yield _benchmark_name(file.content.get("benchmark") or "", path), file, contamination
 
 
 def _for_hub(name: str, file: ScoresFile) -> list[EvalResult]:

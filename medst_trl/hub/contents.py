@@ -16,7 +16,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_revision
 from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import kind_of
-from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record, training_images, write_training_images
 from medst_trl.pipeline.stage import STAGES
 
 
@@ -96,6 +96,8 @@ def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[s
     if not any(directory.glob(weights)):
         raise UserError(f"{directory} has no weights ({weights}). Let the stage that writes it finish first.")
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    if training_images(directory)[0]:  # also of a model of version 0.1.0, which has no such file
+        found.add(directory / TRAINING_IMAGES_FILE)
     return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
@@ -137,6 +139,8 @@ def fill_upload(contents: Contents, target: Path, card: str, base_model: str | N
                 public["base_model_name_or_path"], public["revision"] = split_revision(base_model)
             if public != json.loads(config):  # other files stay as they are, byte for byte
                 write_json(path, public)
+        elif name == TRAINING_IMAGES_FILE:  # without ids that are no hashes: they may name a patient
+            write_training_images(target, (), contents.directory)
         elif name.endswith(".parquet"):
             _check_models(source)
         if not path.exists():

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import rank
 from medst_trl.base.redaction import hide_secrets
+from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE
 
 from . import check_push, check_repo_id
 from .cards import KIND, dataset_card, model_card
@@ -25,7 +26,10 @@ from .contents import Contents, fill_upload, find_contents, public_base
 
 
 # Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
-REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json"]}
+REPLACED = {
+    "dataset": ["*.parquet"],
+    "model": ["*.safetensors", "*.safetensors.index.json", TRAINING_IMAGES_FILE],
+}
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,19 @@ A model carries these images as `training_images.json`: their ids, which are has
 about them. So a published model can be checked against a benchmark without its training data.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
-from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
+from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.overlap import Inventory
-from medst_trl.engines.engine import loads_model
-from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, compare
+from medst_trl.evaluation.contamination import FIGURES, count_shared
 
 from .record import RECORD_FILE, read_record
 from .stage import MODEL, STAGES
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TRAINING_IMAGES_FILE = "training_images.json"
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -40,24 +40,36 @@ def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def find_moved(path: str, run: Path | None) -> Path:
-    """Return a recorded path, or where it is inside the run directory if it has moved with that."""
-    place = Path(path)
-    moved = [run / Path(*place.parts[-n:]) for n in (3, 2, 1)] if run else []  # round_1/judge/preferences ... sft
-    return next((found for found in (place, *moved) if found.exists()), place)
-
-
-def records_of(
-    directory: Path, run: Path | None = None, follows: Callable[..., bool] = lambda *_: True
-) -> dict[Path, dict[str, Any]]:
+def possible_places(path: str, near: Path) -> list[Path]:
     """
-    Read the records of the stages that led to a result, as far as their directories still exist.
+    Return where a recorded path exists: where it was, and inside `near` or the directories above it, with which it may
+    have been moved or copied.
+    """
+    roots, parts = (near, *near.absolute().parents[:3]), Path(path).parts  # round_1/judge/preferences ... sft
+    places = [Path(path), *(root / Path(*parts[-n:]) for root in roots for n in (3, 2, 1))]
+    return [place for place in places if place.exists()]
+
+
+def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
+    """
+    Return where the content of a fingerprint is on this machine; None if it is not, or was changed. For `near`, see
+    [`possible_places`]. A dataset of the Hub is looked for in the local cache.
+    """
+    if "hub_id" in source:
+        place = cached_repository(source["hub_id"], "dataset") / "snapshots" / str(source.get("revision"))
+        return place if place.exists() else None
+    places = possible_places(source["path"], near)
+    return next((place for place in places if same_source(source, fingerprint(place))), None)
+
+
+def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str, Any]]:
+    """
+    Read the records of the stages that led to a result, as far as their directories exist and are unchanged.
 
     Args:
         directory (`Path`): Output of a stage, or a dataset inside it.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
-        follows (`Callable`, *optional*): Takes a record and the name of an input, and returns whether to follow it.
-            By default, all are followed.
+        run (`Path`, *optional*): The run directory, if inputs are searched there. By default, they are searched in the
+            directories above each record.
 
     Returns:
         `dict`: path of `stage.json` to its content, in pipeline order.
@@ -69,10 +81,9 @@ def records_of(
         if path is None or path.resolve() in found:
             return
         found[path.resolve()] = record  # before its inputs, in case of a circle
-        for name, sources in record.get("inputs", {}).items():
-            for source in sources:
-                if "path" in source and follows(record, name):
-                    visit(find_moved(source["path"], run or path.parent.parent))
+        for source in chain.from_iterable(record.get("inputs", {}).values()):
+            if "path" in source and (place := find_source(source, run or path.parent)):
+                visit(place)
         found[path.resolve()] = found.pop(path.resolve())  # its inputs come first
 
     visit(directory)
@@ -82,98 +93,85 @@ def records_of(
 # What a model was trained on
 
 
-@dataclass(frozen=True)
-class TrainedOn:
+def trained_on(model: str | Path) -> list[dict[str, Any]]:
     """
-    Data that a model was trained on: a dataset, or a model whose own training has no record here.
+    Return the datasets of all trainings in the lineage of a model, and the models in it whose training data is
+    unknown.
 
-    Attributes:
-        source (`dict`): Its fingerprint in the record of the training.
-        stage (`str` or `None`): The stage that trained on the dataset; None for a model.
-        splits (`tuple`): Its splits that were used.
-        run (`Path` or `None`): The run directory, in which it is searched if it has moved.
+    The record of a training has this list. For records of earlier versions, those of the models that they started from
+    are followed. A model without a record is unknown if it is missing, is an adapter, has a `training_images.json`, or
+    has a chat template of this package. Otherwise it counts as a base model.
+
+    Args:
+        model (`str`): Directory or Hub id.
+
+    Returns:
+        `list[dict]`: for each dataset its fingerprint, the `stage` that trained on it, and the `splits` that this
+        used. Models are last, and their stage is None.
     """
-
-    source: dict[str, Any]
-    stage: str | None = None
-    splits: tuple[str, ...] = ()
-    run: Path | None = None
-
-    @property
-    def place(self) -> Path:
-        """Where it is on this machine, if it is."""
-        if "hub_id" not in self.source:
-            return find_moved(self.source["path"], self.run)
-        return cached_repository(self.source["hub_id"], "dataset") / "snapshots" / str(self.source.get("revision"))
-
-    def read(self) -> "list[Dataset]":
-        """
-        Open the splits of the dataset. One of the Hub is not downloaded.
-
-        Raises:
-            LookupError: if it is a model, or is not here as it was in training; with the reason. Others if a file is
-                damaged.
-        """
-        if self.stage is None:
-            raise LookupError("its training data is not known here")
-        if not self.place.exists():
-            raise LookupError("the dataset is not on this machine")
-        if "path" in self.source and not same_source(self.source, fingerprint(self.place)):
-            raise LookupError("the dataset has changed since the training")
-        return [load_records(self.place, split) for split in self.splits]
-
-    def image_ids(self) -> tuple[set[str], bool]:
-        """Return the ids of its images as far as they are known, and whether these are all."""
-        if self.stage is None:
-            return _carried_images(self.source) or (set(), False)
-        try:
-            return set().union(*map(image_ids_in, self.read())), True
-        except Exception:  # pyarrow has an exception for each way in which a file can be damaged
-            return set(), False
+    source = fingerprint(model)
+    found = _trainings(source, Path(source["path"]) if "path" in source else None, set())
+    return sorted(found, key=lambda one: one["stage"] is None)
 
 
-def trained_on(model: str, run: Path | None = None) -> list[TrainedOn]:
+def _trainings(source: dict[str, Any], place: Path | None, seen: set[Path]) -> list[dict[str, Any]]:
+    path, record = nearest_record(place) if place else (None, {})
+    if path is not None and path.resolve() in seen:  # a circle, or two inputs with one origin
+        return []
+    seen.update([path.resolve()] if path else ())
+    if isinstance(record.get("trained_on"), list):
+        return record["trained_on"]
+    if record.get("stage") not in STAGES:
+        here = source | ({"path": str(place)} if place else {})
+        return [] if _is_base(here) else [{**source, "stage": None, "splits": []}]
+    stage, settings, found = STAGES.get(record["stage"]), record.get("settings", {}), []
+    inputs = record.get("inputs", {})
+    for one in chain.from_iterable(inputs.get(item.key, ()) for item in stage.inputs if item.kind == MODEL):
+        found += _trainings(one, find_source(one, path.parent) if "path" in one else None, seen)
+    splits = [settings.get("train_split") or "train"]
+    if settings.get("eval_strategy", "no") != "no":
+        splits.append(settings.get("validation_split") or "validation")
+    own = inputs.get("dataset", ()) if stage.trains else ()
+    return found + [{**one, "stage": stage.name, "splits": splits} for one in own]
+
+
+def _is_base(source: Mapping[str, Any]) -> bool:
+    """Whether a model without a record is here and shows no sign of a training by this package."""
+    from medst_trl.policy.chat_template import saved_role
+
+    if any(_find_file(source, name) for name in (TRAINING_IMAGES_FILE, "adapter_config.json")):
+        return False
+    template = _find_file(source, "chat_template.jinja")
+    return bool(_find_file(source, "config.json")) and not (
+        template and saved_role(template.read_text(encoding="utf-8"))
+    )
+
+
+def training_images(model: str | Path) -> tuple[set[str], bool]:
     """
-    Return what a model was trained on, as far as records show it: the datasets of all stages that trained it or what
-    it was made from, and models without a record that are gone, are adapters, or have a list. Other models without
-    one are base models.
-    """
-    records = records_of(find_moved(model, run), run, _reads_model)
-    found, models = [], [] if records else [_source(model, run)]
-    for path, record in records.items():
-        place = run or path.parent.parent  # the run directory of most stages
-        stage, inputs, settings = record.get("stage"), record.get("inputs", {}), record.get("settings", {})
-        if stage in STAGES and STAGES.get(stage).trains:
-            splits = [settings.get("train_split") or "train"]
-            if settings.get("eval_strategy", "no") != "no":
-                splits.append(settings.get("validation_split") or "validation")
-            found += [TrainedOn(source, stage, tuple(splits), place) for source in inputs.get("dataset", ())]
-        for source in chain(*(sources for name, sources in inputs.items() if _reads_model(record, name))):
-            models.append(source | ({"path": str(find_moved(source["path"], place))} if "path" in source else {}))
-    for source in models:
-        has_record = "path" in source and nearest_record(Path(source["path"]))[0] is not None
-        is_gone = "path" in source and not Path(source["path"]).exists()
-        names = (TRAINING_IMAGES_FILE, "adapter_config.json")
-        if not has_record and (is_gone or any(_find_file(source, name) for name in names)):
-            found.append(TrainedOn(source))
-    return found
+    Return the ids of the images that a model was trained on as far as they are known, and whether these are all.
 
-
-def training_images(model: str, run: Path | None = None) -> tuple[set[str], bool]:
+    They are read from `training_images.json`. Models of earlier versions have none: for them, the ids are collected
+    from the datasets that still exist.
     """
-    Return the ids of the images that a model was trained on as far as they are known, and whether these are all. It
-    has them in `training_images.json`. If an earlier version trained it, they are those of the data that is here.
-    """
-    if (carried := _carried_images(_source(model, run), download=True)) is not None:
+    if (carried := _carried_images(fingerprint(model))) is not None:
         return carried
-    known = [one.image_ids() for one in trained_on(model, run)]
-    return set().union(*(ids for ids, _ in known)), all(complete for _, complete in known)
+    found, is_complete = set(), True
+    for source in trained_on(model):
+        try:
+            ids, is_known = set().union(*map(image_ids_in, _read(source, Path(model))[1])), True
+        except Exception:  # pyarrow has an exception for each way in which a file can be damaged
+            ids, is_known = (not source["stage"] and _carried_images(source)) or (set(), False)
+        found, is_complete = found | ids, is_complete and is_known
+    ids, are_all = _only_hashes(found)
+    return ids, is_complete and are_all
 
 
-def write_training_images(directory: str | Path, image_ids: Iterable[str], model: str) -> None:
+def write_training_images(directory: str | Path, image_ids: Iterable[str], model: str | Path) -> None:
     """Write `training_images.json`: the ids of the images of a training, and those that its model had before it."""
-    earlier, complete = training_images(model)
-    content = {"complete": complete, "image_ids": sorted(earlier.union(image_ids))}
+    earlier, is_complete = training_images(model)
+    ids, are_all = _only_hashes(earlier.union(image_ids))
+    content = {"complete": is_complete and are_all, "image_ids": sorted(ids)}
     write_json(Path(directory, TRAINING_IMAGES_FILE), content)
 
 
@@ -184,120 +182,119 @@ def image_ids_in(dataset: "Dataset") -> set[str]:
     return {image for images in image_ids_of(dataset) for image in images if image}
 
 
-def _source(model: str, run: Path | None) -> dict[str, Any]:
-    place = find_moved(model, run)
-    return {"hub_id": model} if is_hub_id(model) and not place.exists() else {"path": str(place)}
+def _only_hashes(image_ids: Iterable[Any]) -> tuple[set[str], bool]:
+    """Return the ids that are hashes, and whether all are. Others may name a file or a patient: they stay here."""
+    ids = list(image_ids)
+    hashes = {image for image in ids if isinstance(image, str) and _HASH.fullmatch(image)}
+    return hashes, hashes.issuperset(map(str, ids))
 
 
-def _reads_model(record: dict[str, Any], name: str) -> bool:
-    """Whether an input of a stage is a model."""
-    stage = record.get("stage")
-    item = STAGES.get(stage).input(name) if stage in STAGES else None
-    return item is not None and item.kind == MODEL
-
-
-def _carried_images(source: dict[str, Any], download: bool = False) -> tuple[set[str], bool] | None:
+def _carried_images(source: Mapping[str, Any]) -> tuple[set[str], bool] | None:
     """Read the `training_images.json` of a model; None if it has none."""
-    if (path := _find_file(source, TRAINING_IMAGES_FILE, download)) is None:
+    if (path := _find_file(source, TRAINING_IMAGES_FILE)) is None:
         return None
     content = read_object(path)
     ids = content.get("image_ids")
-    is_sound = isinstance(ids, list) and all(isinstance(image, str) for image in ids)
-    return (set(ids), content.get("complete") is True) if is_sound else (set(), False)
+    hashes, are_all = _only_hashes(ids if isinstance(ids, list) else [None])
+    return hashes, are_all and content.get("complete") is True
 
 
-def _find_file(source: dict[str, Any], name: str, download: bool = False) -> Path | None:
+def _find_file(source: Mapping[str, Any], name: str) -> Path | None:
     """Find a file of a directory, or of a model in the local Hub cache or on the Hub."""
     if "path" in source:
         return path if (path := Path(source["path"], name)).is_file() else None
     from medst_trl.policy.adapters import find_model_file  # loads torch
 
     hub_id, revision = split_revision(source["hub_id"])
-    return find_model_file(hub_id, name, source.get("revision") or revision, not (download and hub_answers()))
+    return find_model_file(hub_id, name, source.get("revision") or revision, not hub_answers())
+
+
+def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]":
+    """
+    Open the splits of a dataset that a model was trained on. One of the Hub is not downloaded.
+
+    Raises:
+        LookupError: if it is a model, or is not here as it was in training; with the reason. Others if a file is
+            damaged.
+    """
+    place, what = find_source(source, near), "dataset" if source["stage"] else "model"
+    if place is None and "path" in source:
+        is_here = bool(possible_places(source["path"], near))
+        raise LookupError(f"the {what} {'has changed since the training' if is_here else 'is not on this machine'}")
+    if what == "model":
+        raise LookupError("the record of its training is not on this machine")
+    if place is None:
+        raise LookupError("the dataset is not on this machine")
+    return place, [load_records(place, split) for split in source["splits"]]
 
 
 # What a benchmark shares with it
 
 
-def read_inventory(
-    place: Path, datasets: "Iterable[Dataset]", run: Path | None = None, only: Set[str] | None = None
-) -> Inventory:
+def read_inventory(place: Path, datasets: "Iterable[Dataset]", only: Set[str] | None = None) -> Inventory:
     """Read datasets from one place, with the near hashes that `medst prepare` has stored for their images."""
     from medst_trl.data.image_index import INDEX_FILE, index_entries
 
-    made, entries = Inventory(), chain(*(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place, run)))
+    made, entries = Inventory(), chain(*(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place)))
     hashes = {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}
     for dataset in datasets:
         made.add(dataset, hashes, only)
     return made
 
 
-def check_contamination(
-    model: str | None, benchmark: "Dataset", place: Path, run: Path | None = None
-) -> dict[str, Any]:
+def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dataset]]") -> Iterator[dict[str, Any]]:
     """
-    Compare a benchmark with everything that a model was trained on. Datasets that are not on this machine are not
+    Compare benchmarks with everything that a model was trained on. Datasets that are not on this machine are not
     downloaded: for them, only the image ids that the model carries are compared.
 
     Args:
         model (`str` or `None`): Directory or Hub id; None for a model that nothing is known about.
-        benchmark (`datasets.Dataset`): The benchmark.
-        place (`Path`): Its directory; it need not exist.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
+        benchmarks (sequence of `tuple`): For each benchmark its directory, which need not exist, and its rows.
 
-    Returns:
-        `dict`: the content of `contamination.json`: the `figures` of [`~medst_trl.evaluation.contamination.compare`],
-        with None for a number that could not be counted; and `compared`, the sources: the fingerprint of a dataset or
-        model, the `stage` that trained on it, its number of `images`, and why a figure was `not_checked`.
+    Yields:
+        `dict`: for each benchmark the content of `contamination.json`: the `figures` of
+        [`~medst_trl.evaluation.contamination.count_shared`], with None for a number that could not be counted; and
+        `compared`, the sources: the entry of [`trained_on`] with its number of `images`, None if it was not read, and
+        why a figure was `not_checked`.
     """
-    bits = nearest_record(place)[1].get("settings", {}).get("near_copy_bits", NEAR_COPY_BITS)
-    ids, complete = training_images(model, run) if model else (set(), True)
-    sources = trained_on(model, run) if model else []
-    if not sources and ids:  # the records of its training are gone
-        sources = [TrainedOn(_source(model, run))]
-    tested, trained, compared, seen = read_inventory(place, [benchmark] if sources else [], run), [], [], set()
-    for source in sources:
-        own, missing = Inventory(), {} if bits else {"near": "near_copy_bits is 0"}
+    ids, inventories, sources = _training_inventories(model) if model else (set(), [], [])
+    for place, benchmark in benchmarks:
+        bits = nearest_record(place)[1].get("settings", {}).get("near_copy_bits", NEAR_COPY_BITS)
+        tested, compared = read_inventory(place, [benchmark] if sources else []), []
+        for source, inventory in zip(sources, inventories):
+            not_checked = dict(source["not_checked"])
+            if not (bits and any(tested.hashes.values())):
+                reason = "all images of the benchmark are too plain" if bits else "near_copy_bits is 0"
+                not_checked.setdefault("near", reason)
+            if tested.salts.isdisjoint(inventory.salts):
+                not_checked.setdefault("groups", "no groups, or groups hashed with another salt")
+            compared.append(source | {"not_checked": not_checked})
+        figures: dict[str, dict[str, int | None]] = count_shared(tested, inventories, ids, bits)
+        for name, figure in figures.items():
+            if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
+                figure["n"] = None
+        yield {"figures": figures, "compared": compared, "near_copy_bits": bits}
+
+
+def _training_inventories(model: str) -> tuple[set[str], list[Inventory], list[dict[str, Any]]]:
+    """Return the ids of all images that a model was trained on, and the inventories and entries of its sources."""
+    ids, is_complete = training_images(model)
+    seen, inventories, sources = set(), [], []
+    for source in trained_on(model):
+        inventory, not_checked = Inventory(), {}
         try:
-            own = read_inventory(source.place, source.read(), source.run, ids if complete else None)
-            images = set(own.questions)
-            if tested.salts.isdisjoint(own.salts):
-                missing["groups"] = "no groups, or of another salt"
+            inventory = read_inventory(*_read(source, Path(model)), ids if is_complete else None)
+            images = set(inventory.questions)
         except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
             reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
-            images, is_known = source.image_ids()
-            missing = {name: reason for name in FIGURES if name != "exact" or not (complete or is_known)}
+            images, is_known = (not source["stage"] and _carried_images(source)) or (None, False)
+            not_checked = {name: reason for name in FIGURES if name != "exact" or not (is_complete or is_known)}
             seen |= ids  # as far as can be told
-        seen |= images
-        trained.append(own)
-        compared.append({**source.source, "stage": source.stage, "images": len(images), "not_checked": missing})
-    if rest := ids - seen:  # data or a model that was trained on has been replaced
-        missing = dict.fromkeys(FIGURES.keys() - {"exact"}, "their data was replaced or is not here")
-        compared.append({**_source(model, run), "stage": None, "images": len(rest), "not_checked": missing})
-    ids |= seen
-    figures: dict[str, dict[str, int | None]] = compare(tested, trained, ids, bits)
-    for name, figure in figures.items():
-        if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
-            figure["n"] = None
-    return {"figures": figures, "compared": compared, "near_copy_bits": bits}
-
-
-def contamination_of(scores: Path, content: Mapping[str, Any], run: Path | None = None) -> Contamination:
-    """
-    Return the contamination of an evaluation: the file beside its scores, or, if an earlier version wrote these, the
-    comparison with what is still here.
-
-    Args:
-        scores (`Path`): `scores.json`.
-        content (`dict`): Its content.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
-    """
-    if (found := Contamination.read(scores.with_name(CONTAMINATION_FILE))) is not None:
-        return found
-    try:
-        benchmark = TrainedOn(content["data"], "evaluate", (content["split"],), run)
-        is_local = loads_model(nearest_record(scores.parent)[1].get("settings", {}))
-        [dataset], model = benchmark.read(), content["model"] if is_local else None
-        return Contamination(check_contamination(model, dataset, benchmark.place, run))
-    except Exception:  # also of scores without a model or a benchmark, and of damaged records
-        return Contamination({"figures": {name: {"n": None, "of": 0} for name in FIGURES}, "compared": []})
+        seen |= images or set()
+        inventories.append(inventory)
+        sources.append({**source, "images": images if images is None else len(images), "not_checked": not_checked})
+    if rest := ids - seen:  # image files of a dataset have been replaced, or a record is damaged
+        not_checked = dict.fromkeys(FIGURES.keys() - {"exact"}, "they are in none of the data that is here")
+        inventories.append(Inventory())
+        sources.append({**fingerprint(model), "stage": None, "images": len(rest), "not_checked": not_checked})
+    return ids | seen, inventories, sources

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.data.schema import KINDS
-from medst_trl.pipeline.lineage import find_moved
+from medst_trl.pipeline.lineage import possible_places
 from medst_trl.pipeline.stage import STAGES, Stage
 from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
@@ -97,8 +97,8 @@ def note_other_data(run: Run) -> None:
         sources = training.record.get("inputs", {}).get("dataset") or []
         for directory in filter(Path.is_dir, run.datasets(training.stage.input("dataset").kind, training.round)):
             with suppress(TypeError, AttributeError):  # a damaged record
-                places = ((item, find_moved(item.get("path", ""), run.directory)) for item in sources)
-                read = [item for item, place in places if place.resolve() == directory.resolve()]
+                places = ((item, possible_places(item.get("path", ""), run.directory)) for item in sources)
+                read = [item for item, found in places if found and found[0].samefile(directory)]
                 if read and not same_source(read[0], fingerprint(directory)):
                     # Only the recipe knows the section of a directory with a name of its own.
                     is_label = training.stage.name in training.name.split("/")

@@ -12,9 +12,7 @@ from typing import Any
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
-from medst_trl.evaluation.contamination import EXPLANATION
-from medst_trl.evaluation.scores_file import SCORES_FILE
-from medst_trl.pipeline.lineage import contamination_of
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, EXPLANATION, Contamination
 
 from .curves import displacement, final_values, read_log, training_charts
 from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
@@ -194,17 +192,17 @@ def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
     What was found is noted on the run.
     """
     labelled = [
-        (one.label, contamination_of(one.directory / SCORES_FILE, one.file.content, run.directory))
+        (one.label, Contamination.read(one.directory / CONTAMINATION_FILE) or Contamination())
         for one in comparison.evaluations
     ]
 
     def name_of(source: Mapping[str, Any]) -> str:
         return source.get("hub_id") or relative_path(source["path"], run.directory)
 
-    if labels := [label for label, found in labelled if found.is_found]:
+    if labels := [label for label, found in labelled if found.is_contaminated]:
         run.notes.append(
-            f"Training data of {', '.join(labels)} contains parts of {comparison.benchmark}, so its scores can be too "
-            "high: see Contamination."
+            f"The training data of {' and '.join(labels)} contains parts of the benchmark {comparison.benchmark}, so "
+            "these scores can be too high: see Contamination."
         )
     return {
         "comparison": comparison,

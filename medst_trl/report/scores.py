@@ -15,7 +15,7 @@ from markupsafe import Markup
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.metric import METRICS, FigurePath, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, PREDICTIONS_FILE, read_predictions
-from medst_trl.evaluation.scores_file import SCORES_FILE, Leaf, Scores, ScoresFile, align, format_change, tenths
+from medst_trl.evaluation.scores_file import Leaf, Scores, ScoresFile, align, format_change, score_files, tenths
 from medst_trl.evaluation.scoring import compare_vqa, figures
 
 from .charts import Bar, bar_chart
@@ -180,7 +180,7 @@ def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
     """Read all complete evaluations, and compare those of each benchmark: first those on which training shows."""
     found = []
     for stage in run.select(lambda stage: stage.makes("predictions")):
-        for path in (stage.directory / SCORES_FILE, *sorted(stage.directory.glob(f"*/{SCORES_FILE}"))):
+        for path in score_files(stage.directory):
             if (content := run.read_json(path)) is None:
                 continue
             try:

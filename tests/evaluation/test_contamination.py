@@ -15,7 +15,7 @@ from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.images import store_image
 from medst_trl.data.overlap import Inventory
 from medst_trl.data.schema import dialogue, features_of
-from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, compare
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, FIGURES, Contamination, count_shared
 
 
 NOTHING = {name: {"n": 0, "of": 0} for name in FIGURES}
@@ -62,7 +62,7 @@ def inventory(dataset, **options) -> Inventory:
 def shared(tested: Dataset, *trained: Dataset, bits: int = NEAR_COPY_BITS) -> dict[str, int]:
     training = [inventory(dataset) for dataset in trained]
     ids = {image for one in training for image in one.questions}
-    return {name: figure["n"] for name, figure in compare(inventory(tested), training, ids, bits).items()}
+    return {name: figure["n"] for name, figure in count_shared(inventory(tested), training, ids, bits).items()}
 
 
 def test_each_way_to_share_an_image_or_a_question_is_counted():
@@ -115,7 +115,7 @@ def test_preference_pairs_and_text_without_images_are_compared():
     name, file = stored(image)
     [asked, answer] = dialogue([("Where?", "Left.")], 1)
     pair = {"image_ids": [name], "images": [file], "prompt": [asked], "chosen": [answer], "rejected": [answer]}
-    figures = compare(
+    figures = count_shared(
         inventory(benchmark([image], ["Where?", "Why?"])), [inventory(Dataset.from_list([pair]))], {name}, 0
     )
     assert figures["questions"] == {"n": 1, "of": 2} and figures["exact"] == {"n": 1, "of": 1}
@@ -175,7 +175,7 @@ def test_the_figures_are_those_of_the_definition(tested, training, ids, bits):
         found["groups"] += grouped
         found["questions"] += sum(text in known for text in texts)
         found["texts"] += sum(any(text in one.texts for one in training) for text in texts)
-    figures = compare(tested, training, ids, bits)
+    figures = count_shared(tested, training, ids, bits)
     assert {name: figure["n"] for name, figure in figures.items()} == found
     assert all(figure["n"] <= figure["of"] for figure in figures.values())
 
@@ -197,16 +197,16 @@ def test_the_result_is_described_for_readers(tmp_path):
         "same question alone": "0 of 5 questions",
     }
     assert list(made.sources(lambda source: source.get("hub_id", "a directory"))) == [
-        "data of sft, a directory: 1,200 images; not checked: near copies (it is gone)",
+        "training data of sft, a directory: 1,200 images; not checked: near copies (it is gone)",
         "images of the model, org/m: 3 images; not checked: near copies (it is gone); not checked: same group (salt)",
     ]
-    assert made.is_found and str(made).startswith("Warning:") and "exact copies 2 of 1,500 images" in str(made)
+    assert made.is_contaminated and str(made).startswith("Warning:") and "exact copies 2 of 1,500 images" in str(made)
     assert not str(made).count("\n")
 
 
 def test_common_questions_alone_are_no_warning():
     made = Contamination(content(texts={"n": 5, "of": 5}))
-    assert not made.is_found and str(made).startswith("Contamination: exact copies 0 of 5 images")
+    assert not made.is_contaminated and str(made).startswith("Contamination: exact copies 0 of 5 images")
 
 
 def test_nothing_known_is_no_warning():

@@ -3,6 +3,7 @@
 """Test that cards show how a result was made and its scores, and that data cannot inject markup or paths."""
 
 import json
+from hashlib import sha256
 
 import pytest
 from datasets import Dataset, Features
@@ -27,7 +28,8 @@ def write_stage(directory, name, inputs=None, settings=None, **counts):
 
 
 def stage_inputs(*directories):
-    return [{"path": str(directory), "sha256": "0" * 64} for directory in directories]
+    """Return the fingerprints of empty directories."""
+    return [{"path": str(directory), "sha256": sha256().hexdigest()} for directory in directories]
 
 
 @pytest.fixture
@@ -194,16 +196,22 @@ def test_the_contamination_of_a_benchmark_is_on_the_card(tmp_path):
         "| exact copies | 3 of 96 images |",
         "| same group | not checked |",
         "| same question and image | 3 of 96 questions |",
-        "- data of sft, a local directory or file (SHA-256 abababababab): 1,234 images; not checked: same group (its",
-        "images &#124; have no groups)",
-        "- data of dpo, org/pairs at c0ffee: 5 images",
+        "- training data of sft, a local directory or file (SHA-256 abababababab): 1,234 images; not checked: same ",
+        "group (its images &#124; have no groups)",
+        "- training data of dpo, org/pairs at c0ffee: 5 images",
         "near copies are resized or re-encoded",
     ):
         assert expected in card, card
     assert "hospital" not in card
+    warning = "**Warning: training data of the model contains parts of the benchmark: exact copies 3 of 96 images"
+    assert card.index(warning) < card.index("| metric | figure") and ModelCard(card).data.eval_results is None
+    clean = {name: figure | {"n": figure["n"] and 0} for name, figure in figures.items()}
+    (scores / "contamination.json").write_text(json.dumps(content | {"figures": clean}))
+    card = model_card(contents, "org/name", evaluations=[scores])
+    assert "Warning" not in card and ModelCard(card).data.eval_results
     (scores / "contamination.json").write_text(json.dumps(content | {"compared": []}))
     card = model_card(contents, "org/name", evaluations=[scores])
-    assert "Contamination was not checked: no training data of the model was at hand." in card
+    assert "Contamination was not checked: this machine has no training data of the model." in card
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint
 from medst_trl.data.schema import (
     benchmark_features,
     candidate_features,
@@ -16,6 +17,7 @@ from medst_trl.data.schema import (
     write_split,
 )
 from medst_trl.hub.contents import fill_upload, find_contents, public_base
+from medst_trl.hub.push import REPLACED
 
 
 ROW = {
@@ -124,6 +126,39 @@ def test_only_weights_processor_and_card_of_an_adapter_are_published(tmp_path):
     assert config == {"base_model_name_or_path": "org/base", "revision": "abc", "r": 8}
     assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>"}
     assert str(directory) in (directory / "tokenizer_config.json").read_text()  # the original is unchanged
+
+
+def uploaded_images(directory, target):
+    """Return the list of training images that a push uploads; None if there is none."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).write_text("{}")
+    target.mkdir()
+    fill_upload(find_contents(directory), target, "card")
+    path = target / "training_images.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_only_hashes_of_training_images_are_published(tmp_path):
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    assert uploaded_images(directory, tmp_path / "none") is None
+    ids = ["Mueller_Anna_0.png", "17", "a" * 64]
+    (directory / "training_images.json").write_text(json.dumps({"complete": True, "image_ids": ids}))
+    assert uploaded_images(directory, tmp_path / "some") == {"complete": False, "image_ids": ["a" * 64]}
+
+
+def test_a_model_of_version_0_1_0_is_published_with_the_images_of_the_data_that_is_here(tmp_path):
+    write_split(tmp_path / "data", "train", [CONVERSATION | {"image_ids": ["a" * 64]}], dict, instruct_features(), 2)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    names = {"model_name_or_path": tmp_path / "base", "dataset": tmp_path / "data"}
+    inputs = {name: [fingerprint(path)] for name, path in names.items()}
+    directory = tmp_path / "sft"
+    directory.mkdir()
+    (directory / "stage.json").write_text(json.dumps({"stage": "sft", "status": "complete", "inputs": inputs}))
+    assert uploaded_images(directory, tmp_path / "target") == {"complete": True, "image_ids": ["a" * 64]}
+    assert not (directory / "training_images.json").exists()
+    assert "training_images.json" in REPLACED["model"]  # of an earlier push of another model
 
 
 def test_the_base_of_an_adapter_must_be_on_the_hub(tmp_path):

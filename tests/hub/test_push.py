@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from random_images import random_image
 from medst_trl.base.errors import UserError
 from medst_trl.data.images import store_image
 from medst_trl.data.schema import benchmark_features, image_part, preference_features, text_part, write_split
+from medst_trl.demo.tiny_model import CHAT_TEMPLATE
 from medst_trl.hub import HubArguments
 from medst_trl.hub.push import PushAfterStage, Pushed
 
@@ -62,7 +64,7 @@ def judge_directory(directory: Path, rows_per_shard: int = 2, **settings) -> Pat
     generate = directory.parent / "generate"
     generate.mkdir()
     record = {"status": "complete", "versions": {"trl": "1.16"}, "counts": {"judge": {"flip_rate": 0.125}}}
-    inputs = {"candidates": [{"path": str(generate / "candidates"), "sha256": "ab" * 32}]}
+    inputs = {"candidates": [{"path": str(generate / "candidates"), "sha256": sha256().hexdigest()}]}
     settings = {"model": "judge-1", "output_dir": str(directory), "api_key": "sk-0123456789abcdef0123"} | settings
     (directory / "stage.json").write_text(
         json.dumps(record | {"stage": "judge", "inputs": inputs, "settings": settings})
@@ -98,10 +100,14 @@ print(json.dumps(rows))
 
 
 TRAINED_ON_HUB = """
-import json, sys
+import json, sys, tempfile
+from pathlib import Path
 from medst_trl.base.fingerprints import fingerprint
-from medst_trl.pipeline.lineage import TrainedOn
-print(json.dumps(sorted(TrainedOn(fingerprint(sys.argv[1]), "dpo", ("train", "validation")).image_ids()[0])))
+from medst_trl.pipeline.lineage import training_images
+dataset = fingerprint(sys.argv[1]) | {"stage": "dpo", "splits": ["train", "validation"]}
+with tempfile.TemporaryDirectory() as model:
+    Path(model, "stage.json").write_text(json.dumps({"stage": "dpo", "trained_on": [dataset]}))
+    print(json.dumps(sorted(training_images(model)[0])))
 """
 
 
@@ -300,6 +306,7 @@ def test_adapters_and_models_have_the_same_logits_after_push_and_pull(hub, tmp_p
 
     local = tmp_path / "local"
     model, processor = adapter_policy(save_to=local)
+    (local / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE)  # without the role: no training has seen it
     model.eval().save_pretrained(local / "adapter")
     processor.save_pretrained(local / "adapter")
     merged = tmp_path / "merged"

@@ -3,6 +3,7 @@
 """Which images a model was trained on, from its own list, its records, and the data that is still here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,18 @@ from medst_trl.data.images import store_image
 from medst_trl.data.loading import load_records
 from medst_trl.data.near_copies import perceptual_hash
 from medst_trl.data.schema import dialogue, features_of, write_split
+from medst_trl.evaluation.contamination import Contamination
 from medst_trl.pipeline.lineage import (
     TRAINING_IMAGES_FILE,
     check_contamination,
-    contamination_of,
-    find_moved,
+    image_ids_in,
+    possible_places,
     trained_on,
     training_images,
     write_training_images,
 )
+from medst_trl.pipeline.record import read_record
+from medst_trl.policy.chat_template import MARK
 
 
 def write_stage(directory: Path, stage: str, settings=None, **inputs) -> Path:
@@ -37,7 +41,14 @@ def write_stage(directory: Path, stage: str, settings=None, **inputs) -> Path:
 
 
 def ids(*numbers: int) -> set[str]:
-    return {str(number) for number in numbers}
+    """Return the image ids that `write_instruct` writes for these numbers."""
+    return {f"{number:064x}" for number in numbers}
+
+
+def write_base(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
 
 
 @pytest.fixture
@@ -46,7 +57,7 @@ def run(tmp_path) -> Path:
     Records of base -> sft (two datasets) -> merge -> sft, whose preferences come from another model's candidates.
     None of them has `training_images.json`.
     """
-    (tmp_path / "base").mkdir()
+    write_base(tmp_path / "base")
     a, b, c, d = (
         write_instruct(tmp_path / name, range(start, start + 3)) for name, start in zip("abcd", (0, 10, 20, 30))
     )
@@ -63,10 +74,10 @@ def run(tmp_path) -> Path:
 
 def test_records_lead_to_all_datasets_that_trained_the_model_and_to_no_others(run):
     """The model that wrote the candidates (`other`) has trained on data that this model has never seen."""
-    assert [(Path(one.source["path"]).name, one.splits) for one in trained_on(str(run / "last"))] == [
-        ("a", ("train",)),
-        ("b", ("train",)),
-        ("c", ("train", "validation")),
+    assert [(Path(one["path"]).name, one["splits"]) for one in trained_on(run / "last")] == [
+        ("a", ["train"]),
+        ("b", ["train"]),
+        ("c", ["train", "validation"]),
     ]
     expected = ids(0, 1, 2, 10, 11, 12, 20, 21, 22, 25, 26)
     assert training_images(str(run / "last")) == (expected, True)
@@ -100,9 +111,8 @@ def test_a_run_that_was_moved_is_found_again(run, tmp_path):
     place.mkdir()
     for name in moved:
         (run / name).rename(place / name)
-    assert training_images(str(run / "last"), place)[1]
-    assert len(training_images(str(run / "last"), place)[0]) == 11
-    assert training_images(str(place / "last")) == training_images(str(run / "last"), place)
+    found, complete = training_images(place / "last")
+    assert complete and len(found) == 11
 
 
 def test_a_model_hands_its_images_on_without_its_data(run, tmp_path):
@@ -168,6 +178,7 @@ def row(image, **columns) -> dict:
 
 def write_rows(directory: Path, rows: list[dict], split: str = "train") -> Path:
     kind = "benchmark" if "questions" in rows[0] else "instruct"
+    (directory / f"{split}-00000-of-00001.parquet").unlink(missing_ok=True)
     write_split(directory, split, rows, dict, features_of(kind), 100)
     return directory
 
@@ -187,15 +198,16 @@ def evaluated(tmp_path) -> Path:
     write_rows(write_stage(tmp_path / "prepare", "prepare") / "benchmark", tested, "test")
     write_rows(tmp_path / "a", [row(picture(0), asks="is it  NORMAL?"), row(picture(9), group="aaaaaa-2")])
     write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group="bbbbbb-1")])
-    (tmp_path / "base").mkdir()
+    write_base(tmp_path / "base")
     datasets = [tmp_path / "a", tmp_path / "b"]
     write_stage(tmp_path / "sft", "sft", model_name_or_path=tmp_path / "base", dataset=datasets)
     return tmp_path
 
 
-def checked(run: Path, model: str = "sft", **options) -> dict:
+def checked(run: Path, model: str = "sft") -> dict:
     place = run / "prepare" / "benchmark"
-    return check_contamination(str(run / model), load_records(place, "test", "benchmark"), place, **options)
+    [found] = check_contamination(str(run / model), [(place, load_records(place, "test", "benchmark"))])
+    return found
 
 
 def numbers(found: dict) -> list[int | None]:
@@ -217,7 +229,7 @@ def test_a_benchmark_is_compared_with_every_dataset_of_the_training(evaluated):
     ]
     assert [one["not_checked"] for one in found["compared"]] == [
         {},
-        {"groups": "no groups, or of another salt"},
+        {"groups": "no groups, or groups hashed with another salt"},
     ]
 
 
@@ -281,6 +293,154 @@ def test_images_whose_file_was_replaced_are_not_checked(evaluated):
     assert [("near" in one["not_checked"], one["images"]) for one in found["compared"]] == [(False, 0), (True, 1)]
 
 
+def train(directory: Path, model: Path, *datasets: Path, version: str = "now") -> Path:
+    """Write what a training leaves. Version 0.1.0 left neither a list of images nor one of datasets."""
+    write_stage(directory, "sft", model_name_or_path=model, dataset=list(datasets))
+    (directory / "adapter_config.json").write_text(json.dumps(list(map(str, datasets))))
+    (directory / "chat_template.jinja").write_text(MARK)
+    if version == "now":
+        images = set().union(*(image_ids_in(load_records(place, "train")) for place in datasets))
+        write_training_images(directory, images, model)
+        record = read_record(directory) | {"trained_on": trained_on(directory)}
+        write_json(directory / "stage.json", record)
+    return directory
+
+
+@pytest.fixture
+def two_stages(evaluated):
+    """Make a function that trains in two stages. Only the first one sees a near copy of a test image (image 1)."""
+
+    def make(directory: Path, version: str = "now") -> Path:
+        other = write_rows(evaluated / "c", [row(picture(11))])
+        first = train(directory / "first", evaluated / "base", evaluated / "b", version=version)
+        return train(directory / "second", first, other, version=version)
+
+    return make
+
+
+def near_copies(run: Path, model: Path) -> tuple[int | None, bool]:
+    """Return the number of near copies, and whether all sources were checked for them."""
+    found = checked(run, model)
+    return found["figures"]["near"]["n"], not any("near" in one["not_checked"] for one in found["compared"])
+
+
+VERSIONS = pytest.mark.parametrize("version", ["now", "0.1.0"])
+
+
+@VERSIONS
+def test_a_first_stage_that_was_trained_again_on_other_data_is_not_taken_for_the_old_one(
+    evaluated, two_stages, version
+):
+    second = two_stages(evaluated / "run", version)
+    assert near_copies(evaluated, second) == (1, True)
+    train(evaluated / "run" / "first", evaluated / "base", evaluated / "c", version=version)
+    assert near_copies(evaluated, second) == ((1, True) if version == "now" else (0, False))
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"stage": "of a plugin that is not here"}'])
+@VERSIONS
+def test_a_damaged_record_is_not_taken_for_that_of_a_base_model(evaluated, two_stages, version, damaged):
+    second = two_stages(evaluated / "run", version)
+    (evaluated / "run" / "first" / "stage.json").write_text(damaged)
+    assert near_copies(evaluated, second) == ((1, True) if version == "now" else (0, False))
+    assert near_copies(evaluated, evaluated / "run" / "first") == (None, False)
+
+
+@VERSIONS
+def test_relative_paths_do_not_lead_to_another_run_in_the_working_directory(
+    evaluated, two_stages, version, monkeypatch, tmp_path
+):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    second = two_stages(Path("runs/a"), version)
+    monkeypatch.chdir(tmp_path / "there")
+    train(Path("runs/a/first"), evaluated / "base", evaluated / "c", version=version)
+    assert near_copies(evaluated, tmp_path / "here" / second) == (1, True)
+    (tmp_path / "here/runs/a/first").rename(tmp_path / "gone")
+    assert near_copies(evaluated, tmp_path / "here" / second) == ((1, True) if version == "now" else (0, False))
+
+
+@VERSIONS
+def test_a_model_of_another_run_is_not_looked_for_under_the_name_of_this_one(evaluated, two_stages, version):
+    """`other/first` was trained from `run/first`, which is gone: its last part leads to `other/first` itself."""
+    two_stages(evaluated / "run", version)
+    model = train(evaluated / "other" / "first", evaluated / "run" / "first", evaluated / "c", version=version)
+    (evaluated / "run").rename(evaluated / "elsewhere")
+    assert near_copies(evaluated, model) == ((1, True) if version == "now" else (0, False))
+
+
+@VERSIONS
+def test_a_run_of_several_rounds_that_was_renamed_is_followed_through_its_rounds(evaluated, two_stages, version):
+    two_stages(evaluated / "run" / "round_1", version)
+    (evaluated / "run" / "round_1" / "second").rename(evaluated / "run" / "round_1" / "dpo")
+    other = write_rows(evaluated / "run" / "round_2" / "pairs", [row(picture(12))])
+    train(evaluated / "run" / "round_2" / "dpo", evaluated / "run" / "round_1" / "dpo", other, version=version)
+    renamed = (evaluated / "run").rename(evaluated / "renamed")
+    assert near_copies(evaluated, renamed / "round_2" / "dpo") == (1, True)
+
+
+def test_a_copied_run_is_compared_with_its_own_data(evaluated, two_stages):
+    """The original has other data at the recorded places by now."""
+    data = write_rows(evaluated / "run" / "pairs", [row(picture(2, side=48))])
+    model = train(evaluated / "run" / "first", evaluated / "base", data)
+    copy = shutil.copytree(evaluated / "run", evaluated / "copy") / "first"
+    write_rows(data, [row(picture(12))])
+    assert near_copies(evaluated, model)[1] is False and near_copies(evaluated, copy) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_model_of_this_package_without_record_and_list_is_no_base_model(evaluated, two_stages, name):
+    copy = evaluated / "copy"
+    shutil.copytree(two_stages(evaluated / "run"), copy)
+    for path in copy.iterdir():
+        if path.name != "chat_template.jinja":
+            path.unlink()
+    (copy / name).write_text("{}")
+    assert training_images(copy) == (set(), False) and near_copies(evaluated, copy) == (None, False)
+    further = train(evaluated / "further", copy, evaluated / "c")
+    assert not training_images(further)[1] and near_copies(evaluated, further) == (0, False)
+
+
+def test_ids_that_are_no_hashes_stay_on_this_machine(tmp_path):
+    """Own data may call its images by the name of a patient."""
+    model = write_base(tmp_path / "base")
+    write_training_images(model, {"Mueller_Anna.png", "17", "a" * 64, "A" * 64}, model)
+    expected = {"complete": False, "image_ids": ["a" * 64]}
+    assert json.loads((model / TRAINING_IMAGES_FILE).read_text()) == expected
+    (model / TRAINING_IMAGES_FILE).write_text(json.dumps({"complete": True, "image_ids": ["Anna", "a" * 64]}))
+    assert training_images(model) == ({"a" * 64}, False)
+
+
+def test_images_too_plain_to_find_near_copies_are_not_counted_as_checked(evaluated):
+    plain = [Image.new("L", (64, 64), level) for level in (0, 40)]
+    place = evaluated / "prepare" / "benchmark"
+    for images, expected in (([*plain, picture(1)], {"n": 1, "of": 1}), (plain, {"n": None, "of": 0})):
+        write_rows(place, [row(image, questions=["Where?"]) for image in images], "test")
+        found = checked(evaluated)
+        assert found["figures"]["near"] == expected
+        texts = dict(Contamination(found).rows())
+        assert texts["near copies"] == ("1 of 1 images (2 others are too plain)" if expected["n"] else "not checked")
+
+
+def test_a_model_on_a_server_is_not_checked(evaluated):
+    place = evaluated / "prepare" / "benchmark"
+    [found] = check_contamination(None, [(place, load_records(place, "test", "benchmark"))])
+    assert numbers(found) == [None] * 5
+    assert {text for _, text in Contamination(found).rows()} == {"not checked"}
+
+
+def test_the_training_data_is_read_once_for_several_benchmarks(evaluated, monkeypatch):
+    place, read = evaluated / "prepare" / "benchmark", []
+    both = [(place, load_records(place, "test", "benchmark"))] * 2
+    monkeypatch.setattr(
+        "medst_trl.pipeline.lineage.load_records", lambda *args: read.append(args) or load_records(*args)
+    )
+    first, second = check_contamination(str(evaluated / "sft"), both)
+    assert first == second and first["figures"]["near"]["n"] == 1
+    assert len(read) == 2 * 2  # two datasets, for their image ids and for the comparison
+
+
 def test_groups_are_not_checked_if_the_benchmark_has_none(evaluated):
     rows = [row(picture(0), questions=["Where?"])]
     (evaluated / "prepare" / "benchmark" / "test-00000-of-00001.parquet").unlink()
@@ -308,48 +468,11 @@ def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monk
     assert checked(evaluated)["figures"]["near"]["n"] is None
 
 
-def scores(run: Path, **more) -> dict:
-    place = run / "prepare" / "benchmark"
-    write_stage(run / "evaluate", "evaluate", model_name_or_path=run / "sft", benchmark=place)
-    return {"model": str(run / "sft"), "split": "test", "data": fingerprint(place)} | more
-
-
-def test_an_evaluation_of_an_earlier_version_is_compared_when_it_is_shown(evaluated):
-    path = evaluated / "evaluate" / "scores.json"
-    found = contamination_of(path, scores(evaluated))
-    assert found.figures["exact"] == (1, 4) and not path.with_name("contamination.json").exists()
-    write_json(path.with_name("contamination.json"), checked(evaluated, "base"))
-    assert contamination_of(path, scores(evaluated)).compared == []  # what was written then
-
-
-def test_an_evaluation_that_has_moved_is_found_in_its_run_directory(evaluated, tmp_path):
-    content = scores(evaluated)
-    place = tmp_path / "elsewhere"
-    names = [path.name for path in evaluated.iterdir()]
-    place.mkdir()
-    for name in names:
-        (evaluated / name).rename(place / name)
-    assert contamination_of(place / "evaluate" / "scores.json", content).compared == []
-    assert contamination_of(place / "evaluate" / "scores.json", content, place).figures["near"] == (1, 4)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"data": {"path": "nowhere", "sha256": "0"}}, {"data": {"sha256": "0"}}, {"data": None},
-        {"model": None}, {"split": "other"},
-    ],
-)  # fmt: skip
-def test_an_evaluation_without_its_benchmark_or_model_is_not_checked(evaluated, change):
-    found = contamination_of(evaluated / "evaluate" / "scores.json", scores(evaluated) | change)
-    assert found.compared == [] and {text for _, text in found.rows()} == {"not checked"}
-
-
 @pytest.mark.parametrize("name", ["judge/preferences", "round_2/judge/preferences", "sft", "round_2/dpo"])
 def test_what_has_moved_with_its_run_is_found_in_its_round(tmp_path, name):
     for place in ("judge/preferences", "round_1/judge/preferences", "round_2/judge/preferences", "sft", "dpo"):
         (tmp_path / "now" / place).mkdir(parents=True)
     (tmp_path / "now/round_2/dpo").mkdir()
-    assert find_moved(f"/nowhere/before/{name}", tmp_path / "now") == tmp_path / "now" / name
-    assert find_moved(f"/nowhere/before/{name}", None) == Path(f"/nowhere/before/{name}")
-    assert find_moved(str(tmp_path / "now/sft"), tmp_path) == tmp_path / "now/sft"
+    assert possible_places(f"/nowhere/before/{name}", tmp_path / "now")[0] == tmp_path / "now" / name
+    assert possible_places(f"/nowhere/before/{name}", tmp_path / "nowhere") == []
+    assert possible_places(str(tmp_path / "now/sft"), tmp_path)[0] == tmp_path / "now/sft"

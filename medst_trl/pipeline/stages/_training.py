@@ -22,7 +22,7 @@ from medst_trl.data.loading import load_records, mix
 from medst_trl.data.schema import KINDS, features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
-from medst_trl.pipeline.lineage import image_ids_in, write_training_images
+from medst_trl.pipeline.lineage import image_ids_in, trained_on, write_training_images
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
@@ -272,11 +272,13 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)
+        lineage = {}
         if trainer.args.should_save:
             own = set().union(*map(image_ids_in, datasets.values()))
             write_training_images(training_args.output_dir, own, args.model_name_or_path)
+            lineage = {"trained_on": trained_on(training_args.output_dir)}
         counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
-    record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics)
+    record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics, **lineage)
     if trainer.args.should_save:
         write_card(training_args.output_dir)
     trainer.accelerator.print(f"{summary} Adapter and processor are in {training_args.output_dir}.")

@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json, write_jsonl
@@ -64,11 +64,14 @@ from medst_trl.evaluation.predictions import (
     score_predictions,
 )
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile
-from medst_trl.evaluation.vqa import shown_rows, write_predictions
+from medst_trl.evaluation.vqa import questions_of, shown_rows, write_predictions
 from medst_trl.pipeline.lineage import check_contamination
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BATCH_SIZE = 16  # of a model in this process, unless batch_size is given; the same as in earlier versions
 
@@ -152,13 +155,14 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
             else:
                 counts = _run(args, engine_settings, settings, record.content["inputs"]["benchmark"])
             record.finish(counts=counts)
-    if rank() == 0 and not record.is_silent:
-        paths = [directory / SCORES_FILE for directory in _output_directories(args)]
-        for path in paths:
-            print(ScoresFile.read(path))
-            if found := Contamination.read(path.with_name(CONTAMINATION_FILE)):
-                print(found)
-        print(f"Scores are in {', '.join(map(str, paths))}.")
+    if rank() == 0:  # the others need not wait for it
+        if not args.predictions:
+            _check_contamination(args)
+        if not record.is_silent:
+            for path in (paths := [directory / SCORES_FILE for directory in _output_directories(args)]):
+                print(ScoresFile.read(path))
+                print(Contamination.read(path.with_name(CONTAMINATION_FILE)) or Contamination())
+            print(f"Scores are in {', '.join(map(str, paths))}.")
 
 
 def check(args: EvaluateArguments, *settings: Any) -> None:
@@ -209,11 +213,27 @@ def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any],
             about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
             counts[name] = _write_scores(args, settings, directory, paths, about)
         state.wait_for_everyone()
-    model = args.model_name_or_path if ENGINES.get(args.engine).loads_model else None
-    for name, directory, benchmark in zip(args.benchmark, _output_directories(args), benchmarks):
-        if state.is_main_process:  # the others need not wait for it
-            write_json(directory / CONTAMINATION_FILE, check_contamination(model, benchmark, Path(name)))
     return counts
+
+
+def _check_contamination(args: EvaluateArguments) -> None:
+    """Write the contamination of each benchmark, also of an evaluation of an earlier version that has none."""
+    paths = [directory / CONTAMINATION_FILE for directory in _output_directories(args)]
+    todo = {path: name for path, name in zip(paths, args.benchmark) if Contamination.read(path) is None}
+    model = args.model_name_or_path if ENGINES.get(args.engine).loads_model else None
+    asked = [(Path(name), _asked_part(load_records(name, args.split, "benchmark"), args)) for name in todo.values()]
+    for path, found in zip(todo, check_contamination(model, asked)):
+        write_json(path, found)
+
+
+def _asked_part(benchmark: "Dataset", args: EvaluateArguments) -> "Dataset":
+    """Return the rows of a benchmark with the questions that are asked."""
+    if args.max_records is None:
+        return benchmark
+    counts = Counter(question["row"] for question in questions_of(benchmark, args.max_records))
+    part = benchmark.select(list(counts))
+    asked = [questions[:count] for questions, count in zip(part["questions"][:], counts.values())]
+    return part.remove_columns("questions").add_column("questions", asked, feature=part.features["questions"])
 
 
 def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, Any]:
@@ -223,7 +243,9 @@ def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, A
     about = {"predictions": args.predictions, "format": format}
     questions = read_questions(args.benchmark[0], args.split) if args.benchmark else None
     counts = _write_scores(args, settings, Path(args.output_dir), paths, about, format, questions)
-    if found := read_object(Path(args.predictions).with_name(CONTAMINATION_FILE)):  # that of the model they are from
+    path = Path(args.predictions)
+    found = read_object(path.with_name(CONTAMINATION_FILE))
+    if found and format == OWN_FORMAT and path.name == PREDICTIONS_FILE:  # others can be of another model or benchmark
         write_json(Path(args.output_dir, CONTAMINATION_FILE), found)
     if guessed := counts.get("answer_types_guessed"):
         print(

@@ -31,7 +31,7 @@ from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import dialogue
-from medst_trl.pipeline.lineage import write_training_images
+from medst_trl.pipeline.lineage import trained_on, write_training_images
 from medst_trl.pipeline.record import StageRecord, read_record
 from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
 
@@ -119,6 +119,7 @@ def main(args: MergeArguments) -> None:
             counts={"parameters": merged["parameters"], "examples": merged["proof"]["examples"]},
             metrics={name: merged["proof"][name] for name in ("float32_difference", "stored_difference")},
             merged=merged,
+            trained_on=trained_on(args.output_dir),
         )
     write_card(args.output_dir)
     print(_summary(args, merged, source))

@@ -135,8 +135,8 @@ def test_test_images_in_the_training_of_the_model_are_reported(inputs, tmp_path,
     assert line in capsys.readouterr().out
     (tmp_path / "out" / "contamination.json").unlink()  # as an earlier version left it
     evaluate(**arguments, **once)
-    assert "nothing to do" in (printed := capsys.readouterr().out) and "near copies" not in printed
-    assert not (tmp_path / "out" / "contamination.json").exists()
+    assert "nothing to do" in (printed := capsys.readouterr().out) and line in printed
+    assert (tmp_path / "out" / "contamination.json").exists()
     evaluate(**inputs, **once, output_dir=str(tmp_path / "base"))
     assert "Contamination: not checked, no training data of the model is known." in capsys.readouterr().out
 
@@ -214,6 +214,23 @@ def test_rescoring_gives_the_same_scores(finished, tmp_path):
     for key in ("counts", "scores", "controls"):
         assert first[key] == again[key]
     assert (tmp_path / "contamination.json").read_text() == (finished / "contamination.json").read_text()
+
+
+def test_predictions_of_others_do_not_inherit_the_contamination_beside_them(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "beside") / "answer-file.jsonl"
+    path.with_name("predictions.jsonl").rename(path)
+    evaluate(predictions=str(path), output_dir=str(tmp_path / "out"), bootstrap_samples=0)
+    assert not (tmp_path / "out" / "contamination.json").exists()
+
+
+def test_only_the_questions_that_are_asked_are_compared(inputs, tmp_path):
+    model = shutil.copytree(inputs["model_name_or_path"], tmp_path / "model")
+    (model / "training_images.json").write_text('{"complete": true, "image_ids": []}')
+    options = inputs | FAST | {"controls": [], "max_records": 3, "model_name_or_path": str(model)}
+    evaluate(**options, output_dir=str(tmp_path / "out"))
+    read = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("scores", "contamination"))
+    asked, figures = next(read)["scores"]["strict"], next(read)["figures"]
+    assert figures["questions"]["of"] == asked["n"] == 3 and figures["exact"]["of"] == asked["n_images"]
 
 
 def test_scoring_a_file_needs_no_model(predictions, tmp_path):

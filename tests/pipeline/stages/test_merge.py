@@ -84,7 +84,7 @@ def test_the_ids_of_the_training_images_stay_with_the_model(run, merged):
     """They are hashes of pixels. The files have nothing else that describes an image or a patient."""
     for directory in (run / "sft", merged):
         content = json.loads((directory / "training_images.json").read_text())
-        assert content == {"complete": True, "image_ids": ["0", "1", "2", "3"]}
+        assert content == {"complete": True, "image_ids": [f"{number:064x}" for number in range(4)]}
         assert "training_images.json" in find_contents(directory).files
         assert "## Training images" in (directory / "README.md").read_text()
 

@@ -152,7 +152,7 @@ def test_english_test_images_in_chinese_training_questions_are_found(shared_data
     write_json(tmp_path / "sft" / "stage.json", {"stage": "sft", "status": "complete", "inputs": sources})
 
     place = tmp_path / "en" / "benchmark"
-    found = check_contamination(str(tmp_path / "sft"), load_records(place, "test"), place)
+    [found] = check_contamination(str(tmp_path / "sft"), [(place, load_records(place, "test"))])
     names = {
         (language, split): {row["img_name"] for row in by_split[split] if row["q_lang"] == language}
         for language, split in (("en", "test"), ("zh", "train"))

@@ -52,7 +52,7 @@ def test_several_datasets_are_concatenated_in_order(tmp_path):
         expected = tiny_run.conversation(number)
         assert row["images"][0].tobytes() == expected["images"][0].tobytes()
         assert row["messages"][0]["content"] == expected["messages"][0]["content"]
-        assert row["image_ids"] == [str(number)]
+        assert row["image_ids"] == [f"{number:064x}"]
     assert load(first, second, max_records=4)["train"]["id"] == ["r0", "r1", "r2", "r10"]
 
 
