@@ -20,7 +20,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from medst_trl.base.errors import UserError
 
-from .calls import AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
+from .calls import OPENAI_URL, AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
 from .cost import Budget, Prices, ReplyCache, RequestSize
 from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_body, row_of_content
 
@@ -94,7 +94,8 @@ class Client:
         self._in_a_row: Counter[str] = Counter()
         self._secret = None if offline else api_key(self.settings.key_variable, base_url)
         self._openai = None if offline else self._connect(base_url, http_client)
-        self.base_url = clean_message(str(self._openai.base_url if self._openai else base_url)).rstrip("/")
+        url = self._openai.base_url if self._openai else base_url or OPENAI_URL
+        self.base_url = clean_message(str(url)).rstrip("/")
 
     def _connect(self, base_url: str | None, http_client: Any) -> Any:
         from openai import AsyncOpenAI
@@ -371,20 +372,19 @@ class Client:
             self._stop(self.next_step(error))
 
     def next_step(self, error: CallError, offers: str = "") -> str:
-        """
-        Return the message of a run that this error stops.
+        """Return the message of a run that an error stops. `offers` lists the models of the server."""
+        step = self.explain(error, offers)
+        return f"{step} Finished work is kept: run the same command again to resume."
 
-        Args:
-            error ([`CallError`]): The error.
-            offers (`str`, *optional*): The models that the server offers, as the end of a sentence.
-        """
+    def explain(self, error: CallError, offers: str = "") -> str:
+        """Return what an error means and what to do about it."""
         steps = NEXT_STEPS | dict(self.advice)
         text = steps.get(error.kind, "The server refuses every request: {detail}").format(
             model=self.model, base_url=self.base_url, variable=self.settings.key_variable, offers=offers,
             setting=self.setting, detail=error.detail or "no details",
             code=f" ({error.status})" if error.status else "",
         )  # fmt: skip
-        return f"{text.rstrip('.')}. Finished work is kept: run the same command again to resume."
+        return f"{text.rstrip('.')}."
 
     async def _offered_models(self) -> str:
         names = []

@@ -162,13 +162,20 @@ class ReplyCache:
     A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
     request that was refused for its content. `{"key", "lost", "usage"}` is a call that may have been charged and left
     no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most` holds an upper bound
-    of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed", "status", "detail"}` is a
-    result of the Batch API without a reply, and `{"batch": n}` says that another file was written after those before.
-    An incomplete line of a killed run is skipped. Neither requests nor API keys are in the file.
+    of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed", "status", "detail",
+    "result"}` is a result of the Batch API without a reply, and `{"batch": n}` says that another file was written
+    after those before. An incomplete line of a killed run is skipped. Neither requests nor API keys are in the file.
 
     Args:
         directory (`str` or `os.PathLike`, *optional*):
             Directory of `judge_cache.jsonl`. Stages may share one. None keeps replies in memory.
+
+    Attributes:
+        batches (`int`):
+            Number of times that files of the Batch API were written again after failures.
+        failures (`dict`):
+            Failed results of the Batch API by their hash: the value of `batches` when it was read, the key of the
+            request, and the [`CallError`].
     """
 
     def __init__(self, directory: str | os.PathLike | None = None):
@@ -176,7 +183,7 @@ class ReplyCache:
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
         self.batches = 0
-        self.failed: dict[str, dict[int, CallError]] = {}  # by key and by the number of `batches` at that time
+        self.failures: dict[str | None, tuple[int, str, CallError]] = {}
         self._file = None
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
@@ -241,6 +248,6 @@ class ReplyCache:
             self.batches += 1
         elif "failed" in row:
             error = CallError(row["failed"], row["detail"], row["status"])
-            self.failed.setdefault(row["key"], {})[self.batches] = error
+            self.failures[row.get("result")] = (self.batches, row["key"], error)
         else:
             self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)

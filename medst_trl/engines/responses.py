@@ -228,10 +228,6 @@ def _usage(body: Any) -> dict[str, int] | None:
     return None
 
 
-def _without_ids(detail: str) -> str:
-    return re.sub(r"\w*\d\w*", "", detail)
-
-
 @dataclass
 class AcceptedFields:
     """The fields of a request that this server has refused so far."""
@@ -253,29 +249,15 @@ class AcceptedFields:
             body.pop("temperature", None)
         return body
 
-    def learn_from_batches(
-        self, failed: Mapping[str, Mapping[int, CallError]], parameters: dict[str, Any]
-    ) -> dict[str, CallError]:
-        """
-        Learn from the failures of requests in files of the Batch API, where each file was written with what those
-        before had taught.
-
-        Args:
-            failed (`dict`): Key of a request to its errors by the number of the file, as [`ReplyCache`] has them.
-            parameters (`dict`): What the requests have in common.
-
-        Returns:
-            `dict`: key to error of the requests that were refused again for the same reason: another file would not
-            help.
-        """
-        final = {}
-        for number in sorted({number for errors in failed.values() for number in errors}):
-            sent = self.apply(parameters)
-            for key, errors in failed.items():
-                if (error := errors.get(number)) and not self.learn(error, sent) and error.action != "retry":
-                    earlier = [_without_ids(errors[before].detail) for before in errors if before < number]
-                    final |= {key: error} if _without_ids(error.detail) in earlier else {}
-        return final
+    def __str__(self) -> str:
+        """What [`AcceptedFields.apply`] does; empty if it changes nothing."""
+        changes = {
+            "replaces max_tokens with max_completion_tokens": self.renamed,
+            "leaves out temperature": self.no_temperature,
+            "leaves out response_format": self.formats[0] is None,
+            "changes response_format to json_object": self.formats[0] == "json_object",
+        }
+        return " and ".join(text for text, is_made in changes.items() if is_made)
 
     def learn(self, error: CallError, sent: dict[str, Any]) -> bool:
         """

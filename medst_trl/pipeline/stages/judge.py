@@ -35,14 +35,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
-from medst_trl.engines.calls import CALL_SETTINGS
+from medst_trl.engines.calls import CALL_SETTINGS, OPENAI_URL
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
@@ -165,7 +165,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     with record:
         if args.read_batch:
             counts = read_batch(judge.cache, args.read_batch, judge.prompt.read)
-            print(f"judge: read {', '.join(f'{number:,} {what}' for what, number in counts.items())}.")
+            kinds = ", ".join(f"{what}: {number:,}" for what, number in counts.items())
+            print(f"judge: {number_of(sum(counts.values()), 'result')} read ({kinds}).")
         judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
         preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
@@ -259,7 +260,7 @@ def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> No
             "results, and run the same command with --read_batch RESULTS.jsonl in place of --write_batch."
         )
     else:
-        print("Every reply is cached: run without write_batch.")
+        print("No request is left to write. Run the same command without --write_batch, or with --read_batch.")
 
 
 def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") -> tuple[list[dict], dict[str, Any]]:
@@ -333,7 +334,7 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
     else:
         count = pairs_to_judge(vars(args), counter).times(2 if args.order == "both" else 1)
         requests = "requests" if count.number is None else f"at most {count.number:,} requests"
-        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
             yield "prompts", f"their number depends on {count.depends_on}"

@@ -7,7 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
+from hashlib import sha256
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.reading import read_text_file
 from medst_trl.engines.cost import ReplyCache
-from medst_trl.engines.responses import AcceptedFields, CallError, error_of_status, row_of_body
+from medst_trl.engines.responses import CallError, error_of_status, row_of_body
 
-from .pairwise import PairwiseJudge, refused_twice
+from .pairwise import BatchFailures, PairwiseJudge
 
 
 MAX_REQUESTS = 50_000  # OpenAI's limit per file
@@ -29,7 +31,7 @@ def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], p
     """
     Write the calls that are still to be made as input files of the Batch API.
 
-    If the server refused a field of earlier requests, they are written without it or with the one that it asks for.
+    If the server refused a field of earlier requests, it is left out or renamed.
 
     Args:
         judge ([`PairwiseJudge`]):
@@ -40,27 +42,22 @@ def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], p
             The file. If OpenAI's limits require several, the others are `<name>-2.jsonl`, `<name>-3.jsonl` and so on.
 
     Returns:
-        `list[Path]`: the files; empty if every reply is cached.
+        `list[Path]`: the files; empty if no request is left: all have replies, or were refused twice.
 
     Raises:
-        UserError: if the server has refused all remaining requests twice for the same reason.
+        UserError: if the server refused all requests twice.
     """
-    path, files, failed, fields = Path(path), [], {}, AcceptedFields()
-    if judge.cache.failed:
-        candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-        keys = {request.key for _, requests in judge.requests(candidates) for request in requests}
-        failed = {key: errors for key, errors in judge.cache.failed.items() if key in keys}
-    final = fields.learn_from_batches(failed, judge.parameters)
+    path, files = Path(path), []
+    candidates = candidates if isinstance(candidates, Sized) else list(candidates)
+    failures = BatchFailures(judge, candidates)
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbered = _numbered(_lines(judge, candidates, fields, final))
-    for number, lines in groupby(numbered, key=lambda item: item[0]):
+    for number, lines in groupby(_numbered(_lines(judge, candidates, failures)), key=itemgetter(0)):
         files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
         with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
             file.writelines(line for _, line in lines)
-    final = {key: error for key, error in final.items() if not judge.cache.attempts(key)}
-    if final and not files:
-        raise refused_twice(final)
-    if failed:
+    if failures.refused and not files and not judge.estimate(candidates).cached:
+        raise failures.refused_twice()
+    if failures.errors:
         judge.cache.add({"batch": judge.cache.batches + 1})
     return files
 
@@ -75,19 +72,16 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _lines(
-    judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], fields: AcceptedFields, left_out: Iterable[str]
-) -> Iterator[bytes]:
-    seen = set(left_out)
+def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], failures: BatchFailures) -> Iterator[bytes]:
+    seen = set(failures.refused)
     for _, requests in judge.requests(candidates):
         for request in requests:
             if request.key not in seen and judge.cache.is_open(request.key, request.read):
                 seen.add(request.key)
                 line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions"}
                 with suppress(ImageProblem):  # the judge drops such pairs
-                    yield (
-                        json.dumps(line | {"body": fields.apply(request.body())}, ensure_ascii=False).encode() + b"\n"
-                    )
+                    line["body"] = failures.fields.apply(request.body())
+                    yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def read_batch(
@@ -126,8 +120,10 @@ def _read_line(cache: ReplyCache, line: str, read: Callable[[str], Any]) -> str:
         row = _row(result)
     except CallError as error:
         if error.reason == "request_failed":
-            if not cache.attempts(key):
-                cache.add({"key": key, "failed": error.kind, "status": error.status, "detail": error.detail})
+            result = sha256(line.strip().encode()).hexdigest()[:16]
+            if result not in cache.failures and not cache.attempts(key):
+                reason = {"failed": error.kind, "status": error.status, "detail": error.detail}
+                cache.add({"key": key, "result": result} | reason)
             return "failed"
         row = {"error": error.reason, "detail": error.detail}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

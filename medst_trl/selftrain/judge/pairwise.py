@@ -4,14 +4,17 @@
 
 import asyncio
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.settings import check_bounds, check_choice
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.schema import text_of
@@ -19,7 +22,7 @@ from medst_trl.engines.calls import Call, Outcome, api_key
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
-from medst_trl.engines.responses import AcceptedFields, CallError
+from medst_trl.engines.responses import AcceptedFields
 
 from .prompt import JUDGE_PROMPTS, MAX_CHARS, fit
 from .settings import JudgeSettings
@@ -156,14 +159,14 @@ class PairwiseJudge(JudgeSettings):
             UserError: if the run has to stop: no key, no credit, unknown model, no server, the budget used up. All
                 replies so far are in the cache.
         """
-        spent = 0.0
         if not offline:
             self.check_key()
-            if self.max_cost is not None:  # known before the first call, or earlier runs would be overlooked
-                candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-                spent = self.estimate(candidates).paid
+        if offline or self.max_cost is not None:  # what earlier runs left is counted before the first call
+            candidates = candidates if isinstance(candidates, Sized) else list(candidates)
+        failures = BatchFailures(self, candidates) if offline else None
+        spent = 0.0 if self.max_cost is None else self.estimate(candidates).paid
         try:
-            yield from self._run(candidates, offline, spent)
+            yield from self._run(candidates, spent, failures)
         finally:
             self.cache.close()
 
@@ -238,10 +241,12 @@ class PairwiseJudge(JudgeSettings):
             read=self.prompt.read,
         )
 
-    def _run(self, candidates: Iterable[Mapping[str, Any]], offline: bool, spent: float) -> Iterator[dict[str, Any]]:
+    def _run(
+        self, candidates: Iterable[Mapping[str, Any]], spent: float, failures: "BatchFailures | None"
+    ) -> Iterator[dict[str, Any]]:
         """Yield judgements in the order of the pairs, and raise an error after all that are finished."""
         client = Client(
-            self.model, self, base_url=self.base_url, cache=self.cache, offline=offline, advice=_ADVICE,
+            self.model, self, base_url=self.base_url, cache=self.cache, offline=failures is not None, advice=_ADVICE,
             budget=Budget(self.prices, self.max_cost, spent),
             http_client=self.http_client if self.local is None else _local_client(self.local),
         )  # fmt: skip
@@ -249,6 +254,7 @@ class PairwiseJudge(JudgeSettings):
         queue: deque[tuple[dict[str, Any], list[Call]]] = deque()  # pairs that are not judged yet, with their calls
         outcomes: dict[Call, Outcome] = {}
         missing: set[str] = set()  # keys of calls without a result
+        is_read = False  # any reply
 
         def calls() -> Iterator[Call]:
             for pair, requests in self.requests(candidates):
@@ -262,26 +268,18 @@ class PairwiseJudge(JudgeSettings):
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
-            missing |= {call.key} if offline and outcome.reason == "request_failed" else set()
+            is_read = is_read or outcome.reading is not None
+            if failures and outcome.reason == "request_failed":
+                if error := failures.refused.get(call.key):
+                    outcome.detail = error.detail
+                else:
+                    missing.add(call.key)
             yield from finished()
         yield from finished()
         if missing:
-            raise self._missing_results(missing)
-
-    def _missing_results(self, keys: Collection[str]) -> UserError:
-        """Return the error for calls without a result of the Batch API."""
-        failed, fields = {key: self.cache.failed.get(key, {}) for key in keys}, AcceptedFields()
-        if (final := fields.learn_from_batches(failed, self.parameters)).keys() >= set(keys):
-            return refused_twice(final)
-        sent, parameters = fields.apply(self.parameters), self.parameters
-        changed = sorted(name for name in sent | parameters if sent.get(name) != parameters.get(name))
-        reasons = Counter(errors[max(errors)].detail if errors else "not in these files" for errors in failed.values())
-        listed = "; ".join(f"{number:,}: {reason.rstrip('.')}" for reason, number in reasons.most_common(5))
-        how = f", which changes {' and '.join(changed)}" if changed else ""
-        return UserError(
-            f"{len(keys):,} calls have no result yet ({listed}). The others are kept: write the missing ones with "
-            f"--write_batch{how}, or send them live by leaving out --read_batch."
-        )
+            raise failures.missing_results(missing, client)
+        if failures and failures.refused and not is_read:
+            raise failures.refused_twice()
 
     def _judgement(self, pair: dict[str, Any], asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
         """Return one line of `judgements.jsonl` from the outcome of each order; there is none without requests."""
@@ -346,14 +344,65 @@ class PairwiseJudge(JudgeSettings):
         return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
 
 
-def refused_twice(errors: Mapping[str, CallError]) -> UserError:
-    """Return the error for requests that the server refused in two files of the Batch API for the same reason."""
-    reason = Counter(error.detail for error in errors.values()).most_common(1)[0][0]
-    return UserError(
-        f"The server refused {len(errors):,} requests twice: {reason.rstrip('.')}. Another file would not help. "
-        "Change the setting that it names (such as --max_tokens or --image_size), or choose another --model. Or leave "
-        "out --write_batch and --read_batch: live, the pairs that the server refuses are dropped."
-    )
+class BatchFailures:
+    """
+    What the failed results of the Batch API say about a judge's requests.
+
+    Args:
+        judge ([`PairwiseJudge`]):
+            The judge, with the results in its cache.
+        candidates (sized iterable of `dict`):
+            What it judges. Failures of other requests, perhaps to another model, do not count.
+
+    Attributes:
+        fields ([`AcceptedFields`]):
+            The fields that the server takes.
+        errors (`dict[str, CallError]`):
+            The last error of each request by its key.
+        refused (`dict[str, CallError]`):
+            Those of requests that the server refused twice for the same reason: another file would not help.
+    """
+
+    def __init__(self, judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]):
+        self.fields, self.errors, self.refused = AcceptedFields(), {}, {}
+        if not judge.cache.failures:
+            return
+        keys = {request.key for _, requests in judge.requests(candidates) for request in requests}
+        failures, reasons = [item for item in judge.cache.failures.values() if item[1] in keys], set()
+        for _, items in groupby(failures, key=itemgetter(0)):
+            sent = self.fields.apply(judge.parameters)  # each file has what those before it taught
+            for _, key, error in items:
+                reason = key, re.sub(r"\w*\d\w*", "", error.detail)  # without ids
+                is_final = not self.fields.learn(error, sent) and error.action == "drop" and reason in reasons
+                if is_final and not judge.cache.attempts(key):
+                    self.refused[key] = error
+                self.errors[key] = error
+                reasons.add(reason)
+            # Models that refuse max_tokens refuse a temperature, too; a file to learn that takes up to a day.
+            self.fields.no_temperature |= self.fields.renamed
+
+    def missing_results(self, keys: Collection[str], client: Client) -> UserError:
+        """Return the error for requests without a result."""
+        errors = [self.errors[key] for key in keys if key in self.errors]
+        reasons = Counter(error.detail.rstrip(".") for error in errors)
+        reasons["not in these files"] += len(keys) - len(errors)
+        listed = "; ".join(f"{number_of(number, 'time')}: {reason}" for reason, number in (+reasons).most_common(5))
+        steps = dict.fromkeys(f"{client.explain(error)} " for error in errors if error.action == "stop")
+        changes = f", which {self.fields}" if str(self.fields) else ""
+        calls = f"{len(keys):,} calls have" if len(keys) > 1 else "1 call has"
+        return UserError(
+            f"{calls} no result yet ({listed}). {''.join(steps)}All replies are kept. Write the missing requests with "
+            f"--write_batch{changes}, or send them live by leaving out --read_batch."
+        )
+
+    def refused_twice(self) -> UserError:
+        """Return the error if the server has replied to no request, and refused the remaining ones."""
+        reason = Counter(error.detail for error in self.refused.values()).most_common(1)[0][0]
+        return UserError(
+            f"The server refused {number_of(len(self.refused), 'request')} twice: {reason.rstrip('.')}. Another "
+            "file would not help. Change the setting that it names (such as --max_tokens or --image_size), or choose "
+            "another --model. Or send the requests live by leaving out --write_batch and --read_batch."
+        )
 
 
 def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:

@@ -292,8 +292,9 @@ def test_batch_files_give_the_same_judgements(candidates, tmp_path, capsys, fini
         lines.append({"custom_id": request["custom_id"], "response": response, "error": None})
     (tmp_path / "part.jsonl").write_text("\n".join(map(json.dumps, lines[:-1])))
     (tmp_path / "rest.jsonl").write_text(json.dumps(lines[-1]))
-    with pytest.raises(UserError, match="1 calls have no result"):
+    with pytest.raises(UserError, match="1 call has no result"):
         main(JudgeArguments(**arguments, read_batch=str(tmp_path / "part.jsonl")))
+    assert f"judge: {len(lines) - 1} results read (replies: {len(lines) - 1})." in capsys.readouterr().out
     main(JudgeArguments(**arguments, read_batch=[str(tmp_path / "rest.jsonl")]))
     live, batch = (read_jsonl(directory / "judgements.jsonl") for directory in (finished, tmp_path / "out"))
     keys = ("id", "verdict", "scores", "dropped")

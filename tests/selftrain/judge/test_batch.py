@@ -5,6 +5,7 @@
 import io
 import json
 import re
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
@@ -41,6 +42,7 @@ def candidates(n):
 
 
 ROWS = candidates(2)
+IDS = map("batch_req_{}".format, count())
 
 
 def judge_in(directory, **settings):
@@ -56,12 +58,22 @@ def write(directory, name="requests.jsonl", rows=ROWS):
 def reply(key, text):
     choice = {"message": {"content": text}, "finish_reason": "stop"}
     body = {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
-    return {"id": "b", "custom_id": key, "error": None, "response": {"status_code": 200, "body": body}}
+    return {
+        "id": next(IDS),
+        "custom_id": key,
+        "error": None,
+        "response": {"status_code": 200, "body": body},
+    }
 
 
 def refusal(key, message, status=400):
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-    return {"id": "b", "custom_id": key, "error": None, "response": {"status_code": status, "body": body}}
+    return {
+        "id": next(IDS),
+        "custom_id": key,
+        "error": None,
+        "response": {"status_code": status, "body": body},
+    }
 
 
 def read(directory, lines, name="results.jsonl", rows=ROWS):
@@ -80,19 +92,22 @@ def refused_field(body, strict):
 @given(st.permutations(list(REFUSALS)), st.integers(0, 3))
 @settings(max_examples=12, deadline=None)
 def test_each_file_has_the_fields_that_the_model_takes(tmp_path_factory, strict, number):
-    """A model that names one field at a time gives its judgements after as many files as it refuses fields."""
+    """A model that names one field at a time gives its judgements after as many files as it refuses fields at most."""
     directory, strict = tmp_path_factory.mktemp("batch"), strict[:number]
+    implied = "max_tokens" in strict  # a model that refuses max_tokens is not asked whether it takes a temperature
     for name in strict:
+        if name == "temperature" and implied and strict.index("max_tokens") < strict.index(name):
+            continue
         bodies = write(directory)
         assert {refused_field(body, strict) for body in bodies.values()} == {name} and len(bodies) == 4
         with pytest.raises(UserError, match="4 calls have no result") as caught:
             read(directory, [refusal(key, REFUSALS[name]) for key in bodies])
-        assert REFUSALS[name].rstrip(".") in str(caught.value) and "which changes" in str(caught.value)
-        assert ("max_completion_tokens" if name == "max_tokens" else name) in str(caught.value)
+        assert REFUSALS[name].rstrip(".") in str(caught.value) and ", which " in str(caught.value)
+        assert ("max_tokens with max_completion_tokens" if name == "max_tokens" else name) in str(caught.value)
     bodies = write(directory)
     for body in bodies.values():
         assert refused_field(body, strict) is None
-        assert ("temperature" in body) == ("temperature" not in strict)
+        assert ("temperature" in body) == ("temperature" not in strict and not implied)
         assert body.get("max_completion_tokens") == (600 if "max_tokens" in strict else None)
     judgements = read(directory, [reply(key, prefers_longer(body)) for key, body in bodies.items()])
     assert [judgement["verdict"] for judgement in judgements] == [0, 0] and write(directory) == {}
@@ -124,8 +139,13 @@ def test_a_request_that_is_refused_twice_does_not_hold_up_the_others(tmp_path):
             reply(key, prefers_longer(bodies[key])) if number == 2 else {"custom_id": key, "error": EXPIRED}
             for key in bodies
         ]  # fmt: skip
-        with pytest.raises(UserError, match="4 calls have no result" if number < 2 else "refused 1 requests twice"):
-            read(tmp_path, lines)
+        if number < 2:
+            with pytest.raises(UserError, match=f"{4 - number} calls have no result"):
+                read(tmp_path, lines)
+    judgements = read(tmp_path, lines)
+    assert [judgement["dropped"] for judgement in judgements] == ["request_failed", None]
+    assert "Cannot decode this." in [order["reply"] for order in judgements[0]["orders"]]
+    assert write(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +166,7 @@ def test_a_failure_of_the_server_is_shown_and_requested_again(tmp_path, line, re
     for _ in range(4):  # as often as it happens
         bodies = write(tmp_path)
         assert len(bodies) == 4 and all("max_tokens" in body for body in bodies.values())
-        with pytest.raises(UserError, match=rf"4 calls have no result yet \(4: .*{reason}.*--write_batch"):
+        with pytest.raises(UserError, match=rf"4 calls have no result yet \(4 times: .*{reason}.*--write_batch"):
             read(tmp_path, [{"custom_id": key} | line for key in bodies])
     assert read(tmp_path, [reply(key, prefers_longer(body)) for key, body in write(tmp_path).items()])
 
@@ -159,7 +179,7 @@ def test_all_kinds_of_lines_are_told_apart(tmp_path):
     filtered = refusal(keys[3], "Rejected by the content management policy")
     bad = [refusal(keys[4], REFUSALS["max_tokens"]), {"custom_id": keys[5], "response": None, "error": EXPIRED}]
     foreign = reply("of another run", "8 5")
-    reasons = ["1: Unsupported parameter", "1: This request could not", "2: not in these files"]
+    reasons = ["1 time: Unsupported parameter", "1 time: This request could not", "2 times: not in these files"]
     for lines, number in (([filtered, *bad], 7), ([*good, foreign], 4), ([*bad, *good, filtered], 4)):
         with pytest.raises(UserError, match=f"{number} calls have no result") as caught:
             read(tmp_path, lines, rows=rows)
@@ -176,6 +196,62 @@ def test_reading_a_file_again_is_not_a_second_refusal(tmp_path):
         with pytest.raises(UserError, match="4 calls have no result"):
             read(tmp_path, lines)
     assert len(write(tmp_path)) == 4
+
+
+@given(st.lists(st.sampled_from(["again", "write"]), max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_a_refusal_counts_once_however_often_its_file_is_read(tmp_path_factory, steps):
+    """All files of results together, in any order and several times, are what people give to a glob."""
+    directory = tmp_path_factory.mktemp("batch")
+    keys = list(bodies := write(directory))
+    lines = [refusal(key, REFUSALS["max_tokens"]) for key in keys]
+    for step in ["again", *steps]:
+        if step == "write":
+            assert len(write(directory)) == 4
+        else:
+            with pytest.raises(UserError, match="4 calls have no result"):
+                read(directory, lines)
+    lines += [reply(key, prefers_longer(bodies[key])) for key in keys[:3]]
+    with pytest.raises(UserError, match="1 call has no result"):
+        read(directory, lines)
+    [body] = write(directory).values()
+    assert "max_completion_tokens" in body and "max_tokens" not in body
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "step"),
+    [
+        (429, "You exceeded your current quota, please check your plan and billing details.", "Top it up"),
+        (404, "The model `gpt-5` does not exist or you do not have access to it.", "Correct --model"),
+        (401, "Incorrect API key provided.", "Set a valid one in the environment variable OPENAI_API_KEY"),
+    ],
+)
+def test_a_problem_of_the_account_is_explained_and_another_file_can_be_written(tmp_path, status, message, step):
+    for _ in range(3):
+        lines = [refusal(key, message, status) for key in write(tmp_path)]
+        for line in lines:
+            line["response"]["body"]["error"]["code"] = "insufficient_quota" if status == 429 else None
+        with pytest.raises(UserError, match="4 calls have no result") as caught:
+            read(tmp_path, lines)
+        assert message.rstrip(".") in str(caught.value) and step in str(caught.value)
+        assert "None" not in str(caught.value)
+    assert read(tmp_path, [reply(key, prefers_longer(body)) for key, body in write(tmp_path).items()])
+
+
+def test_the_same_file_sent_twice_is_not_refused_for_a_field_that_can_change(tmp_path):
+    keys = list(write(tmp_path))
+    for _ in range(2):
+        with pytest.raises(UserError, match="4 calls have no result"):
+            read(tmp_path, [refusal(key, REFUSALS["max_tokens"]) for key in keys])
+    assert all("max_completion_tokens" in body for body in write(tmp_path).values())
+
+
+def test_what_another_model_refuses_is_no_lesson_for_this_one(tmp_path):
+    with pytest.raises(UserError):
+        read(tmp_path, [refusal(key, REFUSALS["max_tokens"]) for key in write(tmp_path)])
+    other = PairwiseJudge("gpt-4o", cache_dir=tmp_path / "cache")
+    [file] = write_batch(other, iter(ROWS), tmp_path / "other.jsonl")
+    assert {"max_tokens", "temperature"} <= json.loads(file.read_text().splitlines()[0])["body"].keys()
 
 
 def test_what_was_learned_holds_for_pairs_that_are_added(tmp_path):

@@ -441,7 +441,7 @@ def test_batch_errors_drop_their_pairs_or_are_requested_again(tmp_path, monkeypa
     assert read_batch(batch.cache, [tmp_path / "results.jsonl"]) == {
         "replies": 6, "failed": 1, "unreadable": 1, "content_filter": 1
     }  # fmt: skip
-    with pytest.raises(UserError, match="1 calls have no result"):
+    with pytest.raises(UserError, match="1 call has no result"):
         list(batch(candidates(4), offline=True))
     [again] = write_batch(batch, candidates(4), tmp_path / "again.jsonl")
     (tmp_path / "results2.jsonl").write_text(batch_results([again], lambda body: "Lovely."))
@@ -458,7 +458,7 @@ def test_a_result_in_another_encoding_is_requested_again(tmp_path):
     lines.append(json.dumps(last, ensure_ascii=False).encode("latin-1"))
     (tmp_path / "results.jsonl").write_bytes(b"\n".join(lines))
     assert read_batch(batch.cache, [tmp_path / "results.jsonl"]) == {"replies": 2, "unreadable": 1}
-    with pytest.raises(UserError, match="1 calls have no result"):
+    with pytest.raises(UserError, match="1 call has no result"):
         list(batch(candidates(3), offline=True))
 
 
