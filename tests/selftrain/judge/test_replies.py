@@ -69,11 +69,21 @@ def test_a_score_above_ten_is_none(form, a, b):
         '{"answer_1": true, "answer_2": false}', '{"answer_1": null, "answer_2": 5}',
         '{"answer_1": NaN, "answer_2": 5}', '{"answer_1": 8, "answer_2": 5} No: {"answer_1": 5, "answer_2": 8}',
         "{'answer_1': 8,5, 'answer_2': 7}", "{'answer_1': 8, 'answer_1': 7, 'answer_2': 5}",
+        '{"answer 1": 8, "answer 2": 5, "winner": "answer 2"}', '{"scores": [8, 5], "verdict": "tie"}',
+        '{"answer 1": 8, "answer 2": 5, "winner": "answer 1", "verdict": "answer 2"}',
+        '{"scores": [5, 5], "better_answer": "A"}', '{"a":' * 3_000 + "8" + "}" * 3_000,
         "[" * 100_000, "{" * 5_000, "8 " * 50_000,
     ],
 )  # fmt: skip
 def test_an_ambiguous_reply_is_none(text):
     assert parse_scores(text) is None
+
+
+@given(SCORES, SCORES, st.sampled_from(["winner", "Verdict", "better answer"]))
+def test_a_verdict_beside_the_scores_must_agree(a, b, name):
+    for verdict, is_read in (("Answer 1", a > b), ("B", b > a), ("tie", a == b), ("Both name the organ.", True)):
+        reply = json.dumps({"answer_1": a, "answer_2": b, name: verdict})
+        assert parse_scores(reply) == ((a, b) if is_read else None)
 
 
 @given(st.text(max_size=400))

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from medst_trl.selftrain.judge.objects import plain_text, read_statements
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, user_text, winner
-from medst_trl.selftrain.judge.replies import facts_in, find_objects, plain_text
 
 
 CRITERIA = ("accuracy", "relevance", "completeness", "safety")
@@ -71,11 +71,11 @@ def rubric_messages(question, answers, image_urls, history=(), captions=()) -> l
 
 def read_rubric(text: str) -> Reading | None:
     """Read a reply. It must contain every score once, and a verdict that agrees with the overall scores."""
-    said = facts_in(find_objects(plain_text(text)), _SCORED)
-    pairs = {name: (said.get((0, name)), said.get((1, name))) for name in _SCORED}
-    verdict = said.get("verdict")
-    # A score of no answer is from an object that breaks off.
-    if verdict is None or any(None in pair or (None, name) in said for name, pair in pairs.items()):
+    statements = read_statements(plain_text(text), _SCORED) or {}
+    pairs = {name: (statements.get((0, name)), statements.get((1, name))) for name in _SCORED}
+    verdict = statements.get("verdict")
+    # A score outside both answers comes from an object that was cut off.
+    if verdict not in (0, 1, "tie") or any(None in pair or (None, name) in statements for name, pair in pairs.items()):
         return None
     scores = pairs.pop("overall")
     if verdict != "tie" and winner(scores) == 1 - verdict:

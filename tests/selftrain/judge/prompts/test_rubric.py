@@ -75,7 +75,8 @@ WAYS = {
         ("answer_1", "answer_2"), ("Answer 1", "Answer 2"), ("answer1", "answer2"), ("ANSWER-1", "ANSWER-2"),
         ("Answer A", "Answer B"), ("First answer", "Second answer"), ("1", "2"),
     ],
-    "verdict": ["{}", "{}.", "{} is better", "The {}"],
+    "verdict": ["{}", "{}.", "{} is better", "The {}", "{} (better)", "Better: {}", "Winner is {}", "{} wins!"],
+    "verdict_name": ["Final verdict", "winner", "better_answer", "Preferred", "best answer"],
     "comma": [",", ",\n", ", // out of 10\n", ", # out of 10\n", ", /* out of 10 */\n\t"],
     "last": ["", ",", ",\n"],
     "around": [
@@ -85,7 +86,7 @@ WAYS = {
         ("[", "]"), ("\\\\boxed{", "}"), ("<reply>", "</reply>"),
     ],
     "nested": [False, True],
-    "by_criterion": [False, True],
+    "layout": ["by answer", "by criterion", "flat", "list", "list with names"],
 }  # fmt: skip
 
 
@@ -105,12 +106,19 @@ def written(first, second, winner, way):
         return pairs([("Score", value), ("reason", text("about 3 cm"))]) if way["nested"] else value
 
     sides = list(zip(way["names"], (first, second)))
-    if way["by_criterion"]:
+    scores = [[(name.title(), score(given[name])) for name in first] for given in (first, second)]
+    if way["layout"] == "by answer":
+        parts = [(side, pairs(own)) for (side, _), own in zip(sides, scores)]
+    elif way["layout"] == "by criterion":
         parts = [(name, pairs((side, score(given[name])) for side, given in sides)) for name in first]
+    elif way["layout"] == "flat":
+        parts = [(f"{side} {name}", value) for (side, _), own in zip(sides, scores) for name, value in own]
     else:
-        parts = [(side, pairs((name.title(), score(given[name])) for name in first)) for side, given in sides]
+        ids = [[("Answer", text(side))] if "names" in way["layout"] else [] for side, _ in sides]
+        items = [pairs([*own, *named]) for own, named in zip(scores, ids)]
+        parts = [("answers", f"[{', '.join(items[:: -1 if 'names' in way['layout'] else 1])}]")]
     comparison = ("comparison", text("It's {close}, isn't it?" if opening else "fine"))
-    verdict = ("Final verdict", text(way["verdict"].format(way["names"][winner])))
+    verdict = (way["verdict_name"], text(way["verdict"].format(way["names"][winner])))
     return pairs([comparison, *parts, verdict]).join(way["around"])
 
 
@@ -120,6 +128,14 @@ def test_a_reply_that_a_person_can_read_gives_the_same_reading(first, second, wa
     winner = int(first["overall"] < second["overall"])
     plain = {"comparison": "", "answer_1": first, "answer_2": second, "verdict": f"answer_{winner + 1}"}
     assert read_rubric(written(first, second, winner, way)) == read_rubric(json.dumps(plain)) is not None
+
+
+def _as_list(reply, names):
+    """Return a reply whose answers are the items of a list, with these names."""
+    said = json.loads(reply)
+    items = [said["answer_1"], said["answer_2"], said["answer_2"]]
+    answers = [item | dict([name] if name else []) for item, name in zip(items, names)]
+    return json.dumps({"answers": answers, "verdict": said["verdict"]})
 
 
 AMBIGUITIES = {
@@ -136,6 +152,11 @@ AMBIGUITIES = {
     "both": lambda reply, other: reply.replace(': "answer_1"', ': "answer_1 or answer_2"'),
     "a third answer": lambda reply, other: reply.replace("answer_2", "answer_3"),
     "the other verdict": lambda reply, other: reply.replace(': "answer_1"', ': "answer_2"'),
+    "a list in another order": lambda reply, other: _as_list(reply, [("answer", 2), ("answer", 1)]),
+    "a list of three answers": lambda reply, other: _as_list(reply, [(), (), ()]),
+    "a list that names one answer twice": lambda reply, other: _as_list(reply, [("answer", 1), ("answer", 1)]),
+    "two verdicts of different names": lambda reply, other: reply[:-1] + ', "better_answer": "answer_2"}',
+    "a worse answer": lambda reply, other: reply.replace(': "answer_1"', ': "worse: answer_1"'),
     "two verdicts in one": lambda reply, other: reply[:-1] + ', "verdict": "answer_2"}',
 }
 
@@ -154,6 +175,19 @@ def test_an_ambiguous_reply_is_none(loose, ambiguity, order):
     assert read_rubric(reply).verdict == 0 and read_rubric(f"{reply} Again: {reply}") == read_rubric(reply)
     spoilt = ambiguity(reply, other)
     assert spoilt != reply and read_rubric(spoilt.replace('"', "'") if loose else spoilt) is None
+
+
+@pytest.mark.parametrize(
+    "verdict", ["Tie.", "It's a tie", "a draw", "equal", "Equally good", "neither", "Neither is better"]
+)
+def test_a_tie_in_other_words_is_read(verdict):
+    assert read_rubric(json.dumps(rubric_reply(8, 8, verdict))).verdict == "tie"
+
+
+def test_deep_nesting_is_none():
+    for opening, closing in ('{"a":', "}"), ("{'a':", "}"), ('{"a":[', "]}"), ("[", "]"):
+        for times in (100, 2_000, 5_000):
+            assert read_rubric(opening * times + "8" + closing * times) is None
 
 
 @settings(deadline=None)
