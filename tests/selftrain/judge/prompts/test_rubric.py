@@ -118,7 +118,8 @@ def written(first, second, winner, way):
         items = [pairs([*own, *named]) for own, named in zip(scores, ids)]
         parts = [("answers", f"[{', '.join(items[:: -1 if 'names' in way['layout'] else 1])}]")]
     comparison = ("comparison", text("It's {close}, isn't it?" if opening else "fine"))
-    verdict = (way["verdict_name"], text(way["verdict"].format(way["names"][winner])))
+    better = way["verdict"].format(way["names"][winner])
+    verdict = (way["verdict_name"], text(better if opening else better.replace(":", "")))
     return pairs([comparison, *parts, verdict]).join(way["around"])
 
 
