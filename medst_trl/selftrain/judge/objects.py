@@ -27,8 +27,7 @@ _REASONED = re.compile(
 _ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
 _IDENTIFIES = re.compile(rf"{NOUN}|id|name|label")
-_VERDICT = re.compile(r".*verdict|winner")
-_PREFERRED = re.compile(r"(?:better|best|preferred)(?:answer)?|preference")  # of one answer, it says something else
+_VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
 _IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")
 _IS_TIE = re.compile(r"(?:itsa|a)?(?:tie|draw)|equal(?:lygood)?|neither(?:isbetter)?")
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
@@ -140,7 +139,7 @@ def _collect(
             owner = _owner(item, place) if which is None and len(values) == 2 else which
             if isinstance(item, tuple):
                 _collect(item, owner, what, score_name, statements)
-            elif _VERDICT.fullmatch(name) or (answer is None and _PREFERRED.fullmatch(name)):
+            elif _VERDICT.fullmatch(name) and not isinstance(item, bool):  # {"answer_1": {"preferred": true}}
                 statements["verdict"].add(_verdict(value))
             elif match and re.search(r"\d", str(item)):
                 score = _score(item)
