@@ -22,7 +22,6 @@ from .cost import Budget, Prices, RequestSize, prices_of
 from .responses import CallError
 
 
-OPENAI_URL = "https://api.openai.com/v1"  # the default of base_url
 TOO_MANY = 0.35  # if a larger share of recent calls is rejected, the server counts as overloaded
 MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none

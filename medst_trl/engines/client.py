@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from medst_trl.base.errors import UserError
 
-from .calls import OPENAI_URL, AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
-from .cost import Budget, Prices, ReplyCache, RequestSize
+from .calls import AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
+from .cost import Budget, ReplyCache, RequestSize
 from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_body, row_of_content
 
 
@@ -32,6 +33,7 @@ LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
 MONEY_WAIT = 0.05  # seconds between two attempts to reserve money
 
 
+@dataclass(eq=False, repr=False)
 class Client:
     """
     Calls a model over an OpenAI-compatible API. One instance serves one event loop.
@@ -63,27 +65,27 @@ class Client:
         stop_error (`UserError` or `None`): Why the run has to stop.
     """
 
-    def __init__(
-        self,
-        model: str,
-        settings: CallSettings | None = None,
-        *,
-        base_url: str | None = None,
-        cache: ReplyCache | None = None,
-        budget: Budget | None = None,
-        offline: bool = False,
-        advice: Mapping[str, str] | None = None,
-        setting: str = "model",
-        http_client: Any = None,
-    ):
-        self.model, self.settings = model, settings or CallSettings()
-        self.setting, self.advice, self.offline = setting, advice or {}, offline
-        self.cache, self.budget = cache or ReplyCache(), budget or Budget(Prices(None, None))
+    model: str
+    settings: CallSettings = field(default_factory=CallSettings)
+    _: KW_ONLY
+    base_url: str | None = None
+    cache: ReplyCache | None = None
+    budget: Budget | None = None
+    offline: bool = False
+    advice: Mapping[str, str] = field(default_factory=dict)
+    setting: str = "model"
+    http_client: Any = None
+
+    def __post_init__(self):
+        from openai import AsyncOpenAI
+
+        self.cache, self.budget = self.cache or ReplyCache(), self.budget or Budget()
         self.limit = AdaptiveLimit(self.settings.concurrency, self._sleep)
         self.events: Counter[str] = Counter()
         self.missing = 0
         self.stop_error: UserError | None = None
-        self._stopping = asyncio.Event()
+        self._stopping = asyncio.Event()  # no further call is made
+        self._is_stopping = self._stopping.is_set
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task] = set()  # of the calls in flight
         self._fields = AcceptedFields()
@@ -92,31 +94,19 @@ class Client:
         self._held: list[dict[str, Any]] = []  # refusals until then
         self._last_answer = -math.inf
         self._in_a_row: Counter[str] = Counter()
-        self._secret = None if offline else api_key(self.settings.key_variable, base_url)
-        self._openai = None if offline else self._connect(base_url, http_client)
-        url = self._openai.base_url if self._openai else base_url or OPENAI_URL
-        self.base_url = clean_message(str(url)).rstrip("/")
-
-    def _connect(self, base_url: str | None, http_client: Any) -> Any:
-        from openai import AsyncOpenAI
-
-        timeout = self.settings.timeout
-        return AsyncOpenAI(
-            api_key=self._secret, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
-        )
+        self._secret = "none" if self.offline else api_key(self.settings.key_variable, self.base_url)
+        self._openai = AsyncOpenAI(
+            api_key=self._secret, base_url=self.base_url, timeout=self.settings.timeout, max_retries=0,
+            http_client=self.http_client,
+        )  # fmt: skip
+        self.base_url = clean_message(str(self._openai.base_url)).rstrip("/")
 
     async def close(self) -> None:
         """Cancel the calls in flight and close the connections."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._openai is not None:
-            await self._openai.close()
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether no further call is made."""
-        return self._stopping.is_set()
+        await self._openai.close()
 
     @contextmanager
     def open_portal(self) -> Iterator[BlockingPortal]:
@@ -161,7 +151,7 @@ class Client:
         in_flight: dict[Future, Call] = {}
         with self.open_portal() as portal:
             while True:
-                while len(in_flight) < at_once and not self.is_stopping and (call := next(first, None)) is not None:
+                while len(in_flight) < at_once and not self._is_stopping() and (call := next(first, None)) is not None:
                     in_flight[portal.start_task_soon(self.ask, call)] = call
                 if not in_flight:
                     break
@@ -173,7 +163,7 @@ class Client:
                 except Stopped:
                     continue
                 for following in then(call, outcome):
-                    if not self.is_stopping:
+                    if not self._is_stopping():
                         in_flight[portal.start_task_soon(self.ask, following)] = following
                 yield call, outcome
         if self.stop_error is not None:
@@ -269,7 +259,7 @@ class Client:
         """Return to retry the call, raise `Stopped` if the run has to stop, or the error if the call has failed."""
         self.events[error.kind] += 1
         if error.action == "stop":
-            if not self.is_stopping:  # otherwise another call met the same error and explains it
+            if not self._is_stopping():  # otherwise another call met the same error and explains it
                 self._stopping.set()
                 self._stop(self.next_step(error, await self._offered_models() if error.kind == "model" else ""))
             raise Stopped from None
@@ -287,35 +277,26 @@ class Client:
         """Make one HTTP call inside a slot, within the budget. Its cost is kept, so that later runs know it."""
         reserved = self.budget.prices.cost_of(at_most)
         await self._reserve(reserved)
+        row, lost, tokens = None, "cancelled", at_most  # if it is cancelled, the server may have been at work
         try:
             row = await self._send(call, body)
+            tokens = row = row if row["usage"] else row | at_most
         except CallError as error:
             if error.is_pushback:
                 self.limit.pushed_back(error.retry_after)
-            tokens = {"usage": error.usage} if error.usage else at_most if error.charged else {}
-            self._lost(call, error.kind, tokens, reserved)
+            lost, tokens = error.kind, {"usage": error.usage} if error.usage else at_most if error.charged else {}
             raise
         except UnicodeEncodeError:  # of the body: nothing was sent
-            self.budget.settle(reserved, 0)
+            tokens = {}
             raise
-        except BaseException:  # cancelled: the server may have been at work
-            self._lost(call, "cancelled", at_most, reserved)
-            raise
-        row = row if row["usage"] else row | at_most
-        self.budget.settle(reserved, self.budget.prices.cost_of(row))
+        finally:
+            self.budget.settle(reserved, self.budget.prices.cost_of(tokens))
+            if row is None and tokens and call.key is not None:
+                self.cache.add({"key": call.key, "lost": lost} | tokens)
         self.limit.went_well()
         self._last_answer = time.monotonic()
         self._in_a_row.pop("server", None)
         return row
-
-    def _lost(self, call: Call, kind: str, tokens: dict[str, Any], reserved: float) -> None:
-        """Account for a call without a reply, by its `usage` or `at_most`; without either it was not charged."""
-        if "at_most" in tokens:
-            self.budget.leave_open(reserved)
-        else:
-            self.budget.settle(reserved, self.budget.prices.cost_of(tokens))
-        if call.key is not None and tokens:
-            self.cache.add({"key": call.key, "lost": kind} | tokens)
 
     async def _reserve(self, amount: float) -> None:
         """Reserve money. If there is not enough, wait for what calls in flight release."""
@@ -400,5 +381,5 @@ class Client:
         """Wait, unless the run is stopped meanwhile."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
-        if self.is_stopping:
+        if self._is_stopping():
             raise Stopped

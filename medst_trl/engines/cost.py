@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ MESSAGE_TOKENS = 40  # roles, separators, name of the schema
 class Prices:
     """Prices in US dollars per million tokens; None if unknown."""
 
-    input: float | None
-    output: float | None
+    input: float | None = None
+    output: float | None = None
 
     @property
     def known(self) -> bool:
@@ -99,39 +99,45 @@ class RequestSize:
         return cls(likely, size + math.ceil(images * 1.1) + 4 * MESSAGE_TOKENS)
 
 
+@dataclass(eq=False)
 class Budget:
     """
     Spending limit that includes calls in flight.
 
     A call reserves the most it can cost before it is sent and settles its real cost afterwards. A call whose outcome
-    is unknown (a timeout) keeps its reservation, since the server may have charged it.
+    is unknown (a timeout) settles all of it, since the server may have charged it.
 
     Args:
-        prices (`Prices`):
+        prices (`Prices`, *optional*):
             Prices of the model.
         max_cost (`float`, *optional*):
             Limit in US dollars. None for no limit.
         spent (`float`, *optional*, defaults to `0.0`):
             Dollars that earlier runs spent.
 
+    Attributes:
+        reserved (`float`):
+            Dollars for calls in flight.
+
     Raises:
         UserError: for a limit without prices.
     """
 
-    def __init__(self, prices: Prices, max_cost: float | None = None, spent: float = 0.0):
-        if max_cost is not None and not prices.known:
+    prices: Prices = Prices()
+    max_cost: float | None = None
+    spent: float = 0.0
+    reserved: float = field(default=0.0, init=False)
+
+    def __post_init__(self):
+        if self.max_cost is not None and not self.prices.known:
             raise UserError(
                 "max_cost needs prices, which are unknown for this model. Set price_per_million_input_tokens and "
                 "price_per_million_output_tokens (0 for your own server)."
             )
-        self.prices, self.max_cost = prices, max_cost
-        self.spent = spent
-        self.uncertain = 0.0
-        self.reserved = 0.0
 
     def reserve(self, amount: float) -> bool:
         """Reserve an amount, and return whether there was enough."""
-        if self.max_cost is not None and self.spent + self.uncertain + self.reserved + amount > self.max_cost + 1e-12:
+        if self.max_cost is not None and self.spent + self.reserved + amount > self.max_cost + 1e-12:
             return False
         self.reserved += amount
         return True
@@ -139,7 +145,7 @@ class Budget:
     def used_up_message(self, amount: float) -> str:
         """Return the error message for an amount that exceeds the budget."""
         return (
-            f"The budget is used up: ${self.spent + self.uncertain:.4f} of max_cost {self.max_cost:g} are spent, and "
+            f"The budget is used up: ${self.spent:.4f} of max_cost {self.max_cost:g} are spent, and "
             f"the next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same command "
             "again to resume."
         )
@@ -148,11 +154,6 @@ class Budget:
         """Release a reservation and spend the real cost."""
         self.reserved = max(0.0, self.reserved - reserved)
         self.spent += cost
-
-    def leave_open(self, reserved: float) -> None:
-        """Keep the reservation of a call that may have been charged."""
-        self.settle(reserved, 0)
-        self.uncertain += reserved
 
 
 class ReplyCache:

@@ -122,7 +122,7 @@ def error_of_status(
 
 def clean_message(text: str, secret: str | None = None) -> str:
     """Return a server's message on one line, short, encodable, without the key."""
-    if secret and len(secret) > 3:
+    if secret and len(secret) > 5:  # not the "none" of a server without keys
         text = text.replace(secret, HIDDEN)
     text = hide_secrets(" ".join(printable(text).split()))
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."

@@ -53,14 +53,11 @@ def test_a_budget_is_never_exceeded(calls):
     for amount, outcome in calls:
         if budget.reserve(amount):
             reservations.append((amount, outcome))
-        assert budget.spent + budget.uncertain + budget.reserved <= 2.0 + 1e-9
+        assert budget.spent + budget.reserved <= 2.0 + 1e-9
         if len(reservations) > 3:
             reserved, outcome = reservations.pop(0)
-            if outcome == "unknown":
-                budget.leave_open(reserved)
-            else:
-                budget.settle(reserved, reserved / 2 if outcome == "cost" else 0)
-    assert budget.spent + budget.uncertain <= 2.0 + 1e-9
+            budget.settle(reserved, {"cost": reserved / 2, "nothing": 0, "unknown": reserved}[outcome])
+    assert budget.spent <= 2.0 + 1e-9
 
 
 def test_cache_keeps_attempts_in_order(tmp_path):

@@ -349,7 +349,7 @@ def test_a_call_that_may_have_been_charged_counts_in_the_budget(fake_server):
     engine = priced_engine(fake_server.url, max_cost=100.0, timeout=0.05, max_retries=0)
     with pytest.raises(UserError, match="in time.*raise --timeout"):
         engine.write([prompt(to_ask([], 1))], Sampling())
-    assert 0.256 < engine.budget.uncertain < 100
+    assert 0.256 < engine.budget.spent < 100
 
 
 def test_a_budget_needs_prices():

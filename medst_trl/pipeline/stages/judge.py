@@ -42,7 +42,7 @@ from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
-from medst_trl.engines.calls import CALL_SETTINGS, OPENAI_URL
+from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord, is_left_out
@@ -334,7 +334,7 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
     else:
         count = pairs_to_judge(vars(args), counter).times(2 if args.order == "both" else 1)
         requests = "requests" if count.number is None else f"at most {count.number:,} requests"
-        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
             yield "prompts", f"their number depends on {count.depends_on}"

@@ -12,7 +12,7 @@ from medst_trl.data.source import list_reasons
 from medst_trl.engines.cost import Prices
 
 
-UNKNOWN_PRICES = Prices(None, None)
+UNKNOWN_PRICES = Prices()
 MIN_UNEQUAL = 20  # fewer pairs of unequal length say nothing about the judge
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 
