@@ -120,7 +120,8 @@ def written(first, second, winner, way):
     comparison = ("comparison", text("It's {close}, isn't it?" if opening else "fine"))
     better = way["verdict"].format(way["names"][winner])
     verdict = (way["verdict_name"], text(better if opening else better.replace(":", "")))
-    return pairs([comparison, *parts, verdict]).join(way["around"])
+    around = [part.replace("'a'", "'x'") for part in way["around"]] if "list" in way["layout"] else way["around"]
+    return pairs([comparison, *parts, verdict]).join(around)
 
 
 @settings(deadline=None)  # PyYAML is slow on a busy machine
