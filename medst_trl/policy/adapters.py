@@ -13,6 +13,7 @@ directories are rebuilt, Hub repositories get other weights, and a base that has
 
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
@@ -37,6 +38,8 @@ from medst_trl.base.hub_ids import check_reachable
 
 from .families import add_embedding_row, model_parts
 
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
@@ -265,8 +268,8 @@ def load_adapter(
 def _extend_rows(model: PreTrainedModel, tokens: int) -> RemovableHandle:
     """
     Extend weights with fewer rows than the embedding when they are loaded into a model, if they have a row for each of
-    the first `tokens` tokens. Adapters of other tools have none for `<vusr>` and for rows that pad the vocabulary. A
-    new row is the mean of the others, as everywhere.
+    the first `tokens` tokens. Adapters of other tools have none for `<vusr>` and for rows that pad the vocabulary. New
+    rows are initialized with the mean row, as in [`add_embedding_row`].
     """
     rows = model.get_input_embeddings().num_embeddings
 
@@ -394,15 +397,12 @@ def write_base_file(model: PreTrainedModel | PeftModel, directory: str | Path) -
 def _check_base(adapter: str, revision: str | None, base: PreTrainedModel, named: str | None) -> None:
     recorded = _recorded(adapter, revision)
     found = weights_fingerprint(base.name_or_path, getattr(base, "hub_commit", None)) if recorded else None
-    if found is None:
-        if base.name_or_path != named:
-            warnings.warn(
-                f"Cannot verify that {base.name_or_path!r} is the base of the adapter {adapter!r}, which was trained "
-                f"on {named!r}: there is no fingerprint of the weights to compare.",
-                stacklevel=4,
-            )
-        return
-    if found != recorded:
+    if found is None and base.name_or_path != named:
+        logger.warning(
+            f"Cannot verify that {base.name_or_path!r} is the base of the adapter {adapter!r}, which was trained on "
+            f"{named!r}: there is no fingerprint of the weights to compare."
+        )
+    if found not in (None, recorded):
         raise UserError(
             f"The adapter {adapter!r} was trained on other weights than those of {base.name_or_path!r} (fingerprints "
             f"{recorded[:12]} and {found[:12]}), although their shapes agree. Its base is called {named!r}: pass "
