@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cells import published_id
 from .groups import NEAR_COPY_BITS, GroupIds, Grouping, representatives
 from .overlap import plain_question
 from .schema import dialogue
@@ -90,11 +91,11 @@ def assemble(
             name = "-".join(image[:16] for image in images)
             conversations += conversations_about_image(f"{records.name}-{split}-{name}", about)
     conversations = split_off_validation(conversations, image_ids, validation_fraction, seed, grouping)
-    rows = {("benchmark", "test"): _benchmark_rows(records, splits["test"], image_ids)}
+    rows = {("benchmark", "test"): _benchmark_rows(splits["test"], image_ids)}
     for split in ("train", "validation"):
         of_split = [conversation for conversation in conversations if conversation.split == split]
-        rows["instruct", split] = _instruct_rows(records, of_split, image_ids)
-    rows["images", "train"] = _instruct_rows(records, unlabelled, image_ids)
+        rows["instruct", split] = _instruct_rows(of_split, image_ids)
+    rows["images", "train"] = _instruct_rows(unlabelled, image_ids)
     counts = {
         "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
         "notes": {**records.counts, **index.notes, **notes},
@@ -136,6 +137,11 @@ def _usable(
                 rejected.append(Rejected(record.id, "duplicate_image", unlabelled[ids[0]].images[0]))
                 continue
             unlabelled[ids[0]] = record = replace(record, id=f"image-{ids[0][:16]}")
+        else:
+            files = record.images if records.image_folder else ()
+            own = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}
+            own = {name: published_id(value, files, record.group, groups.of_key) for name, value in own.items()}
+            record = replace(record, **own)
         own = groups.of_key(record.group)
         found = [own] if own else sorted({index.group_ids[name] for name in record.images if name in index.group_ids})
         usable.append(replace(record, group=next(iter(found), None)))
@@ -155,10 +161,10 @@ def _count(rows: list[dict]) -> dict[str, int]:
     return {"images": images} | counts | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
-def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
+def _instruct_rows(kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
     return [
         {
-            "id": records.published_id(conversation.id, conversation.images),
+            "id": conversation.id,
             "images": list(conversation.images),
             "image_ids": [image_ids[name] for name in conversation.images],
             "messages": conversation.messages,
@@ -168,19 +174,13 @@ def _instruct_rows(records: Records, kept: Iterable[Conversation], image_ids: Ma
     ]
 
 
-def _benchmark_rows(records: Records, questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
-    def question_row(question: Question) -> dict:
-        row = {name: getattr(question, name) for name in ("question", "answer", "answer_type", "question_type")}
-        for name in ("id", "link"):
-            value = getattr(question, name)
-            row[name] = records.published_id(value, question.images) if value else None
-        return row
-
+def _benchmark_rows(questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
+    columns = ("id", "question", "answer", "answer_type", "question_type", "link")
     return [
         {
             "image_id": image,
             "image": about[0].image,
-            "questions": list(map(question_row, about)),
+            "questions": [{name: getattr(question, name) for name in columns} for question in about],
             "group_id": _group_of(about),
         }
         for (image,), about in by_image(questions, image_ids).items()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import rank
 
+from .cells import BadRecord
 from .schema import KINDS, Kind, features_of, image_part, text_part
-from .source import BadRecord, Question
+from .source import Question
 
 
 if TYPE_CHECKING:

@@ -21,12 +21,13 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.processes import ordered_map
 
+from .cells import DICOM_SUFFIXES
 from .groups import GroupIds, salt_of
 from .image_formats import ImageProblem
 from .image_settings import ImageSettings
 from .images import StoredImage, load_frame, open_image, store_image
 from .images import identify as identify_file
-from .source import DICOM_SUFFIXES, Conversation, ImageReader, Records, Rejected
+from .source import Conversation, ImageReader, Records, Rejected
 
 
 INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` writes

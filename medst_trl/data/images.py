@@ -24,6 +24,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from medst_trl.base.errors import UserError
 
+from .cells import DICOM_SUFFIXES
 from .dicom import open_dicom
 from .image_formats import (
     Frame,
@@ -39,7 +40,6 @@ from .image_settings import ImageSettings
 from .near_copies import perceptual_hash
 from .nifti import is_nifti, open_nifti
 from .schema import bytes_of
-from .source import DICOM_SUFFIXES
 
 
 _ANY_SIZE = ImageSettings(max_pixels=sys.maxsize)

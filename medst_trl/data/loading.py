@@ -19,6 +19,7 @@ from medst_trl.base.errors import UserError, located
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.hub_ids import split_revision
 
+from .cells import SPLIT_NAMES, answer_text, is_missing
 from .conform import (
     MALFORMED,
     check_missing,
@@ -30,7 +31,7 @@ from .conform import (
 )
 from .reading import read_json_records
 from .schema import KINDS, feature_of, kind_of
-from .source import SPLIT_NAMES, Rejected, answer_text, is_missing
+from .source import Rejected
 
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from .cells import NIFTI_SUFFIXES
 from .image_formats import Frame, Frames, ImageProblem, check_pixels, finite_range, image_problem, max_bytes, rescale
 from .image_settings import ImageSettings
-from .source import NIFTI_SUFFIXES
 
 
 if TYPE_CHECKING:

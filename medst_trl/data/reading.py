@@ -10,17 +10,19 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean, visible_files
 
-from .source import Rejected, column_name
+from .cells import column_names, image_suffixes
+from .source import Rejected
 
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 _NOT_TEXT = {
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
-    b"PK\x03\x04": "is a zip archive or an Excel workbook: unpack it, name it .xlsx, or save the sheet as CSV UTF-8",
+    b"PK\x03\x04": "is a zip archive, or an Excel workbook: name it .xlsx, or save the sheet as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "is an Excel workbook of an old version: save it as .xlsx or CSV UTF-8",
     b"PAR1": "is a Parquet file: name it .parquet",
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
@@ -38,11 +40,15 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
 _DECLARED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*$', re.IGNORECASE)  # Excel's first line
-# A symbol between letters, or several accented letters in a row: Polish or Cyrillic read as cp1252.
-_NOT_WESTERN = re.compile(r"[^\W\d_][¡¢£¤¥¦¨©¬®¯³´¸¹¿][^\W\d_]|[^\W\d_\x00-\x7f]{3}")
+# What other text becomes if it is read as Western European: the letters of Czech, Croatian or Turkish, and symbols in
+# words or several accented letters in a row, of Polish, Cyrillic, Chinese, or the code pages of DOS and of the Mac.
+_NOT_WESTERN = re.compile(
+    r"[šžðþýŠŽÐÞÝŸ]|º\w|[¢-ª¬-¾·][À-ÿ]|[^\W\d_\x00-\x7f]{3}"
+    r"|[^\W\d_][¡-¶¸-¿€‚ƒ„†‡ˆ‰‹‘“”•˜™›][^\W\d_]"
+)
+_HUNGARIAN, _ROMANCE = re.compile("[õûÕÛ]"), re.compile("[ãçàèêÃÇÀÈÊ]")  # both in French and Portuguese
 _KANA, _HANGUL, _IDEOGRAPH = map(re.compile, ("[\u3040-\u30ff]", "[\uac00-\ud7a3]", "[\u4e00-\u9fff]"))
-_ALIASES = {"image": ("images", "file_name")}  # `file_name`: the `metadata.csv` of Hugging Face's image folders
-_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_UNDECODED, _NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile("[^\x00-\x7f]")
 
 
 def find_file(directory: Path, pattern: str) -> Path:
@@ -91,92 +97,87 @@ def read_text_file(path: Path, what: str = "data", notes: dict | None = None) ->
     for start, advice in _NOT_TEXT.items():
         if content.startswith(start) and not is_utf16:
             raise UserError(f"{path} {advice}.")
-    with suppress(UnicodeDecodeError):
-        if not is_utf16:
-            return content.decode("utf-8-sig")
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    damaged = sum("\udc80" <= sign <= "\udcff" for sign in text)
+    damaged = len(_UNDECODED.findall(text))
     # A damaged file in UTF-8 has many valid sequences; text in another encoding has few by chance.
-    if notes is None or (not is_utf16 and 2 * damaged < sum(sign > "\x7f" for sign in text)):
+    if notes is None or not (is_utf16 or 2 * damaged >= len(_NOT_ASCII.findall(text)) > 0):
         return text
-    if (found := _decode(content, is_utf16)) is None:
-        if is_utf16 or damaged > len(content) / 200:
-            raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
-        return text  # a few damaged records
-    notes["encoding"] = f"{found.encoding}, detected (the file is not UTF-8)"
-    return str(found).removeprefix("\ufeff")
+    if found := _decode(content, is_utf16):
+        notes["encoding"] = f"{found.encoding} (the file is not UTF-8); check an accented letter in the output"
+        return str(found).removeprefix("\ufeff")
+    if is_utf16 or damaged > len(content) / 200:
+        raise UserError(f"{path} is not UTF-8, and its encoding is not clear. Save it as UTF-8.")
+    return text  # a few damaged records
 
 
 def _decode(content: bytes, is_utf16: bool) -> "CharsetMatch | None":
-    """
-    Decode UTF-16, or else Western European or Chinese text. Return None for text in yet another encoding, which can
-    often be decoded, too, but not to Western or Chinese words.
-    """
+    """Decode UTF-16, or else Western European or Chinese text. Return None for text in yet another encoding."""
     from charset_normalizer import from_bytes
 
     names = ["utf_16", "utf_16_le", "utf_16_be"] if is_utf16 else ["cp1252", "gb18030"]
     if (found := from_bytes(content, cp_isolation=names).best()) is None or is_utf16:
         return found
+    text = str(found)
     if found.encoding == "cp1252":
-        return None if _NOT_WESTERN.search(str(found)) else found
+        foreign, special = len(_NOT_WESTERN.findall(text)), len(_NOT_ASCII.findall(text))
+        is_hungarian = len(_HUNGARIAN.findall(text)) > len(_ROMANCE.findall(text))
+        return None if is_hungarian or 20 * foreign > special else found
     other = str(from_bytes(content, cp_isolation=["gb18030", "big5", "cp932", "cp949"]).best())
-    is_chinese = other == str(found) or (_HANGUL.search(other) and _IDEOGRAPH.search(other))  # not one of both alone
-    return found if is_chinese and not _KANA.search(str(found)) else None
+    is_chinese = other == text or (_HANGUL.search(other) and _IDEOGRAPH.search(other))  # not one of both alone
+    return found if is_chinese and not _KANA.search(text) else None
 
 
 def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
     """
-    Read the records of a JSON array or of JSON lines, depending on the file.
+    Read the records of a JSON array, or of JSON objects one after the other, usually one per line.
 
-    What cannot be parsed is rejected as `malformed_json`, and reading continues with the next record. In JSON lines
-    that is the next line. In an array it is the next object that parses and has the key `key`, so that a part of
+    What cannot be parsed is rejected as `malformed_json`, and reading continues with the next record. That is the next
+    line that can begin a record, or in an array the next object that parses and has the key `key`, so that a part of
     the broken record does not count as a record. A truncated file gives its complete records. For `notes` see
     [`read_text_file`].
 
     Raises:
-        UserError: if the file is missing, empty or holds neither an array nor lines of objects.
+        UserError: if the file is missing, empty or holds neither an array nor objects.
     """
-    text = read_text_file(path, notes=notes).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text_file(path, notes=notes)
     start = _BETWEEN.match(text).end()
     is_array = text[start : start + 1] == "["
-    if not is_array and (names := _whole_object(text)) and key not in column_names(names, key):
+    if not is_array and (columns := _columns(text, key)):
         raise UserError(
-            f"{path} is one object with the keys {', '.join(names[:5])}. Save the records as an array of objects, or "
-            "one object per line (in pandas: orient='records')."
+            f"{path} is one object with the keys {', '.join(columns[:5])}. Save the records as an array of objects, "
+            "or one object per line (in pandas: orient='records')."
         )
-    if start == len(text) or not (is_array or text[start] == "{" or path.suffix == ".jsonl"):
+    if start == len(text) or not (is_array or text[start] == "{" or path.suffix.lower() in (".jsonl", ".ndjson")):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
-    items = _values(text, start + 1, key) if is_array else chain.from_iterable(map(_values, text.split("\n")))
-    for position, item in enumerate(items):
+    for position, item in enumerate(_values(text, start + is_array, key if is_array else None)):
         if not isinstance(item, dict | Rejected):
-            item = Rejected("", "not_an_object", item)
+            item = Rejected("", "not_an_object", type(item).__name__)
         yield position, replace(item, id=f"{path.name}#{position}") if isinstance(item, Rejected) else item
 
 
-def _whole_object(text: str) -> list[str]:
-    """Return the keys of the object that a text is, if their values are lists or objects, such as columns."""
+def _columns(text: str, key: str) -> list[str]:
+    """Return the keys of a text that is one object of columns, and not a record, which may have lists."""
     with suppress(ValueError, RecursionError):
         whole = json.loads(text)
         if isinstance(whole, dict) and all(isinstance(value, dict | list) for value in whole.values()):
-            return list(whole)
+            is_record = key in column_names(whole, key) and any(isinstance(value, list) for value in whole.values())
+            return [] if is_record else list(whole)
     return []
 
 
-def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
-    """
-    Yield the values of an array whose records have the key `key`.
-
-    Without a key, `text` is one line. It usually has one value, but two if a file without a last line break was
-    appended to.
-    """
+def _values(text: str, at: int, key: str | None) -> Iterator[Any]:
+    """Yield the values in a text from a position on: of an array whose records have the key `key`, or without one."""
     while (at := _BETWEEN.match(text, at).end()) < len(text) and not (key and text[at] == "]"):
         try:
             item, at = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            item = Rejected("", "malformed_json", text[at : at + 200])
-            # The next record has the key; a part of the broken record, such as one of its turns, does not.
-            objects = json_objects(text, at + 1) if key else ()
-            at = next((start for start, found in objects if key in map(column_name, found)), len(text))
+        except (ValueError, RecursionError) as error:
+            item = Rejected("", "malformed_json", str(error))  # where, but no text: it may name a patient
+            if key:  # the next record has it; a part of the broken record, such as one of its turns, does not
+                at = next((start for start, found in json_objects(text, at + 1) if key in found), len(text))
+            else:  # lines inside the broken record are indented, or close it
+                indent = at - text.rfind("\n", 0, at) - 1
+                line = re.compile(rf"[\r\n]\s{{0,{indent}}}(?=[^\s}}\]])").search(text, at)
+                at = line.end() if line else len(text)
         yield item
 
 
@@ -192,67 +193,72 @@ def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
             at = end
 
 
-def read_rows(path: Path, key: str = "image", notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
+def read_json_rows(path: Path, key: str, notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
+    """Read [`read_json_records`] with their keys named by [`column_name`], and images by the key `image`."""
+    for position, item in read_json_records(path, key, notes):
+        if isinstance(item, dict):
+            names = column_names(item, "image")
+            is_unique = len(set(names)) == len(names)
+            repeated = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
+            item = dict(zip(names, item.values())) if is_unique else repeated
+        yield position, item
+
+
+def read_rows(
+    path: Path,
+    needed: Sequence[str] = ("image",),
+    notes: dict | None = None,
+    *,
+    advice: str = "Rename its columns.",
+    instead: str = "save the sheet as CSV UTF-8",
+    as_written: bool = False,
+) -> Iterator[tuple[int, dict | Rejected]]:
     """
-    Read the rows of a table that has a column `key`: `.jsonl` / `.json` objects, `.xlsx` (the first sheet), or text
-    with a header. Columns are named by [`column_name`].
+    Read the rows of a table: `.jsonl` / `.json` objects, `.xlsx` (the first sheet), or text with a header. Columns are
+    named by [`column_name`].
 
     In text, commas, semicolons, tabs and bars are recognized. A cell in quotes may have several lines. In a `.tsv`
     file with tabs, quotes are text, and a line is a row. A line whose quotes do not match is rejected as `bad_quotes`,
-    and reading continues with the next line.
+    and reading continues with the next line. A row with more or fewer cells than the header is a `malformed_row`.
 
     Args:
         path (`pathlib.Path`): The table.
-        key (`str`, *optional*, defaults to `"image"`): The column that it must have.
+        needed (sequence of `str`, *optional*, defaults to `("image",)`): The columns that it must have.
         notes (`dict`, *optional*): Receives what to report about the file, see [`read_text_file`].
+        advice (`str`, *optional*): What to do if it lacks a column, for the message.
+        instead (`str`, *optional*): What to do if a workbook cannot be read, for the message.
+        as_written (`bool`, *optional*, defaults to `False`):
+            Whether a program has written the texts: then a `.tsv` file has quotes, and what looks like a formula is
+            text.
 
     Raises:
-        UserError: if the file cannot be read, or its header lacks the column.
+        UserError: if the file cannot be read, or its header lacks a column.
     """
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson"):
-        for position, item in read_json_records(path, key, notes):
-            names = column_names(item, key) if isinstance(item, dict) else ()
-            if len(set(names)) < len(names):
-                item = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
-            yield position, dict(zip(names, item.values())) if isinstance(item, dict) else item
+        yield from read_json_rows(path, needed[0], notes)
         return
-    read = _workbook if suffix in (".xlsx", ".xlsm") else _text_table
-    for position, (number, row) in enumerate(read(path, key, notes)):
-        yield position, replace(row, id=f"{path.name}#line {number}") if isinstance(row, Rejected) else row
+    if suffix in (".xlsx", ".xlsm"):
+        rows = _workbook(path, instead, notes, as_written)
+    else:
+        rows = _text_table(path, needed[0], notes, as_written)
+    header = column_names(next(rows, (0, ()))[1], needed[0])
+    is_quoted = any(name.startswith('"') for name in header)
+    check_header(header, needed, path, "Quotes are text in a .tsv file: name it .csv." if is_quoted else advice)
+    for position, (number, cells) in enumerate(rows):
+        name = f"{path.name}#line {number}"
+        if cells is None:
+            yield position, Rejected(name, "bad_quotes")
+        elif len(cells) != len(header):
+            yield position, Rejected(name, "malformed_row", f"{len(cells)} cells instead of {len(header)}")
+        else:
+            yield position, dict(zip(header, cells))
 
 
-def column_names(names: Iterable[Any], key: str) -> list[str]:
-    """Return [`column_name`] of the columns of a table, with the usual other names of the column `key` replaced."""
-    names = [column_name(name) for name in names]
-    return names if key in names else [key if name in _ALIASES.get(key, ()) else name for name in names]
-
-
-def _workbook(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
-    """Yield the rows of the first sheet of a workbook, with their numbers."""
-    rows = read_workbook(path, "save the sheet as CSV UTF-8", notes)
-    header = column_names(next(rows, (0, ()))[1], key)
-    check_header(header, (key,), path, None)
-    for number, cells in rows:
-        fits = len(cells) == len(header)
-        yield number, dict(zip(header, cells)) if fits else Rejected("", "malformed_row", "; ".join(map(str, cells)))
-
-
-def read_workbook(
-    path: Path, instead: str, notes: dict | None = None, *, formulas: bool = False
-) -> Iterator[tuple[int, list[Any]]]:
+def _workbook(path: Path, instead: str, notes: dict | None, formulas: bool) -> Iterator[tuple[int, list[Any]]]:
     """
-    Read the rows of the first sheet of an `.xlsx` file that are not empty, with their numbers. Empty cells and errors
+    Yield the rows of the first sheet of an `.xlsx` file that are not empty, with their numbers. Empty cells and errors
     such as `#N/A` are `""`. All rows have the length of the first one, unless they have further values.
-
-    Args:
-        path (`pathlib.Path`): The file.
-        instead (`str`): What to do if it cannot be read, for the message.
-        notes (`dict`, *optional*): Receives the names of further sheets.
-        formulas (`bool`, *optional*, defaults to `False`): Whether to read formulas instead of their values.
-
-    Raises:
-        UserError: without openpyxl, or if the file is damaged.
     """
     try:
         from openpyxl import load_workbook
@@ -277,87 +283,84 @@ def read_workbook(
         raise UserError(f"{path} cannot be read as a workbook ({error}). Correct it, or {instead}.") from None
 
 
-def _text_table(path: Path, key: str, notes: dict | None) -> Iterator[tuple[int, dict | Rejected]]:
-    """Yield the rows of a table in text that are not empty, with the number of their first line."""
+def _text_table(
+    path: Path, key: str, notes: dict | None, has_quotes: bool
+) -> Iterator[tuple[int, Sequence[str] | None]]:
+    """
+    Yield the rows of a table in text that are not empty, first its header, with the number of their first line. The
+    cells of a line whose quotes do not match are None.
+    """
+    csv.field_size_limit(sys.maxsize)  # an endless answer of a model may exceed csv's 128 KiB
     # Only line breaks end a row; `str.splitlines` would split at other characters, too.
     lines = list(io.StringIO(read_text_file(path, "table", notes), newline=""))
     own = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-    signs, at = [own, *(sign for sign in _SEPARATORS if sign != own)], 0
+    signs, at = [own, *(sign for sign in ",;\t|" if sign != own)], 0
     if lines and (declared := _DECLARED_SEPARATOR.match(lines[0])):
         signs, at = [declared[1]], 1
     while at < len(lines) and not lines[at].strip():
         at += 1
-    headers = {sign: column_names(_cells(lines, at, _dialect(sign, own))[0] or (), key) for sign in signs}
+    plain = own if own == "\t" and not has_quotes else None  # in a .tsv file, other programs write no quotes
+    starts = {sign: _cells(lines, at, sign, sign != plain) for sign in signs}
+    headers = {sign: column_names(cells or (), key) for sign, (cells, _) in starts.items()}
     sign = next((sign for sign in signs if key in headers[sign]), max(signs, key=lambda sign: len(headers[sign])))
-    header, dialect = headers[sign], _dialect(sign, own)
-    is_quoted = any(name.startswith('"') for name in header)
-    advice = "Quotes are text in a .tsv file: name it .csv." if is_quoted else "Rename its columns."
-    check_header(header, (key,), path, None, advice)
-    start, at = at, at + _cells(lines, at, dialect)[1]
-    if at > start + 1 and any(sign in name for name in header):  # a quote closes in a row
-        raise UserError(f"The quotes in the header of {path} do not match: {lines[start].strip()}. Correct it.")
+    first, at, header = at, at + starts[sign][1], headers[sign]
+    if at > first + 1 and any(sign in name for name in header):  # a quote closes in a row
+        raise UserError(f"The quotes in the header of {path} do not match: {lines[first].strip()}. Correct it.")
+    yield first + 1, header
+    closing, is_quoted = None, '"' in "".join(lines[first:at])
     while at < len(lines):
-        number, (cells, taken) = at + 1, _cells(lines, at, dialect)
-        if taken > 1 and (len(cells) != len(header) or _holds_rows(lines[at : at + taken], cells, header, key, sign)):
-            cells, taken = None, 1
+        cells, taken = _cells(lines, at, sign, sign != plain)
+        text = "".join(lines[at : at + taken])
+        if taken > 1 and (len(cells) != len(header) or _swallows_rows(text, cells, header.index(key), sign)):
+            cells, taken, closing = None, 1, at + taken - 1
+        elif sign != plain and text.count('"') % 2:  # inches, if no other cell is quoted; otherwise a quote is missing
+            is_row_quoted = any(cell.lstrip(" ").startswith('"') for cell in text.split(sign))
+            cells = None if is_quoted or is_row_quoted or at == closing else cells
+        if cells is None or any(cell.strip() for cell in cells):
+            yield at + 1, cells
         at += taken
-        if cells is None:
-            yield number, Rejected("", "bad_quotes", lines[number - 1].strip())
-        elif any(cell.strip() for cell in cells):
-            fits = len(cells) == len(header)
-            yield number, dict(zip(header, cells)) if fits else Rejected("", "malformed_row", sign.join(cells))
 
 
-def _dialect(sign: str, own: str) -> dict[str, Any]:
-    """Return how to read text with a separator. In tables with tabs, other programs write no quotes."""
-    quoting = csv.QUOTE_NONE if sign == own == "\t" else csv.QUOTE_MINIMAL
-    return {"delimiter": sign, "strict": True, "quoting": quoting, "skipinitialspace": True}
-
-
-def _cells(lines: list[str], at: int, dialect: dict[str, Any]) -> tuple[list[str] | None, int]:
+def _cells(lines: list[str], at: int, sign: str, has_quotes: bool) -> tuple[list[str] | None, int]:
     """Return the cells of the row that starts at a line, None if its quotes do not match, and its number of lines."""
-    reader = csv.reader((lines[number] for number in range(at, len(lines))), **dialect)
+    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
+    rest = (lines[number] for number in range(at, len(lines)))
+    reader = csv.reader(rest, delimiter=sign, quoting=quoting, strict=True, skipinitialspace=True)
     try:
         return next(reader, []), reader.line_num
     except csv.Error:
         return None, 1
 
 
-def _holds_rows(lines: list[str], cells: list[str], header: list[str], key: str, sign: str) -> bool:
+def _swallows_rows(text: str, cells: list[str], column: int, sign: str) -> bool:
     """
-    Whether a cell of several lines holds other rows: a missing quote was replaced by one of a later row. Then one of
-    the lines is a row itself, with a value of the column `key` inside the quotes that looks like the one of the row.
+    Whether a quoted cell of several lines contains other rows, because a quote is missing. A line counts as a row if
+    it has as many cells as the row and, in the column that names it, such as the image, a name of the same kind.
     """
-    column, last = header.index(key), len(lines) - 1
-    for number, line in enumerate(lines):
-        found = line.rstrip("\r\n").split(sign)
-        if len(found) != len(header) or not found[column].strip():
-            continue
-        is_before = number == 0 and sign.join(found[:column]).count('"') % 2 == 0
-        is_after = number == last and '"' in sign.join(found[: column + 1])
-        if not is_before and not is_after and _form(found[column]) == _form(cells[column]):
-            return True
-    return False
+    rows = (line.split(sign) for line in re.split("[\r\n]+", text))
+    names = [row[column].strip(' "') for row in rows if len(row) == len(cells)]
+    names = [name for name in names if name and _kind_of_name(name) == _kind_of_name(cells[column])]
+    if (own := cells[column].strip()) in names:
+        names.remove(own)
+    return bool(names)
 
 
-def _form(name: str) -> str:
-    """Return what the names of a table's images have in common: the suffix, or the text between their numbers."""
-    return PurePath(name.strip()).suffix.casefold() or re.sub(r"\d+", "0", name.strip())
+def _kind_of_name(name: str) -> str:
+    """Return what the names of a table have in common: that they are images, the suffix, or what surrounds numbers."""
+    suffix = PurePath(name := name.strip().casefold()).suffix
+    return "image" if suffix in image_suffixes() else re.sub(r"\d+", "0", suffix or name)
 
 
 def check_header(
-    header: list[str], needed: Collection[str], path: Path, delimiter: str | None, advice: str = "Rename its columns."
+    header: Collection[str], needed: Collection[str], path: Path, advice: str = "Rename its columns."
 ) -> None:
     """
     Refuse a table that lacks a column, or has two of one name, of which one would be lost.
 
     Raises:
-        UserError: naming the columns, and the separator if that seems to be the reason.
+        UserError: naming the columns.
     """
     if missing := [name for name in needed if name not in header]:
-        other = next((sign for sign in ";\t,|" if sign != delimiter and len(header) == 1 and sign in header[0]), None)
-        if delimiter and other:
-            advice = f"Separate its columns by {_SEPARATORS[delimiter]} instead of {_SEPARATORS[other]}."
         names, found = ", ".join(f"`{name}`" for name in missing), ", ".join(header) or "none"
         raise UserError(f"{path} has no column {names} (it has {found}). {advice}")
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):

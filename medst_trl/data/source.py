@@ -39,35 +39,22 @@ SOURCES.register(
 ```
 """
 
-import hashlib
-import re
-from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import count
 from math import isfinite
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import did_you_mean
 from medst_trl.base.registry import Registry
 
+from . import cells
+from .cells import BadRecord
+
 
 QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
-# Names of splits in tables, and in the names of files, where `datasets` recognizes most of them, too.
-SPLIT_NAMES = (
-    dict.fromkeys(("train", "training"), "train")
-    | dict.fromkeys(("validation", "valid", "validate", "val", "dev", "development"), "validation")
-    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-)
-_ANSWER_TYPE = re.compile(r"\s*(open|closed?)([ _-]?ended)?\s*", re.IGNORECASE)
-# What programs write for a missing or infinite number, and errors of spreadsheets. "None" and "NA" are answers.
-_NO_VALUE = re.compile(r"|[+-]?(nan|inf|infinity)|<NA>|NaT|null|#N/?[AV]|#\w+(/0)?[!?]", re.IGNORECASE)
-DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +114,20 @@ class Question:
             name (`str`):
                 Its id.
             row (`dict`):
-                `image` (see [`image_cell`]), `question`, `answer`; optionally `split` (default train), `answer_type`
-                (default closed for yes and no), `question_type` and `link`.
+                `image` (see [`~medst_trl.data.cells.image_cell`]), `question`, `answer`; optionally `split` (default
+                train), `answer_type` (default closed for yes and no), `question_type` and `link`.
 
         Raises:
             BadRecord: `no_image`, `several_test_images`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
                 `not_text`, `bad_unicode`.
         """
-        image, *more = image_cell(row.get("image"))
-        question, answer = text_value(row.get("question"), missing="no_question"), answer_text(row.get("answer"))
-        given_split, given_type = row.get("split"), row.get("answer_type")
-        split = "train" if is_missing(given_split) else SPLIT_NAMES.get(str(given_split).strip().casefold())
-        if split is None:
-            raise BadRecord("bad_split", given_split)
+        image, *more = cells.image_cell(row.get("image"))
+        question = cells.text_value(row.get("question"), missing="no_question")
+        answer, split = cells.answer_text(row.get("answer")), cells.read_split(row.get("split"))
         if more and split == "test":  # a benchmark has one image per row
             raise BadRecord("several_test_images", row.get("image"))
-        answer_type = guess_answer_type(answer) if is_missing(given_type) else read_answer_type(given_type)
-        question_type, link = optional_text(row.get("question_type")), optional_text(row.get("link"))
+        answer_type = cells.read_answer_type(row.get("answer_type"), answer)
+        question_type, link = (cells.optional_text(row.get(name)) for name in ("question_type", "link"))
         return cls(name, image, split, question, answer, answer_type, question_type, link, tuple(more))
 
     @property
@@ -161,24 +145,14 @@ class Rejected:
     value: Any = None
 
     def as_row(self) -> dict:
-        is_plain = isinstance(self.value, str | int | None) or (isinstance(self.value, float) and isfinite(self.value))
-        value = self.value if is_plain else repr(self.value)  # JSON has no NaN
-        if isinstance(value, str):
-            value = printable(value[:200])
-        return {"id": printable(self.id), "reason": self.reason, "value": value}
+        is_number = isinstance(self.value, int | None) or (isinstance(self.value, float) and isfinite(self.value))
+        value = self.value if is_number else cells.printable(str(self.value)[:200])  # JSON has no NaN
+        return {"id": cells.printable(self.id), "reason": self.reason, "value": value}
 
 
 def list_reasons(counts: Mapping[str, int]) -> str:
     """Format counts by reason for a message: `3 no_image, 1 missing`."""
     return ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used; becomes a [`Rejected`]."""
-
-    def __init__(self, reason: str, value: Any = None):
-        super().__init__(reason)
-        self.reason, self.value = reason, value
 
 
 class ImageReader(Protocol):
@@ -226,57 +200,53 @@ class Records:
         self,
         items: Iterable[tuple[int, dict | Rejected]],
         make: Callable[[str, dict], Conversation | Question | None],
-        default_id: Callable[[int, dict], str],
-        own_id: Callable[[dict], Any] | None = None,
-        used: Collection[str] | None = None,
-        ids_may_repeat: bool = False,
+        prefix: str = "row-",
+        id_key: str = "id",
+        used: Collection[str] = (),
+        keep_first: bool = False,
     ) -> None:
         """
-        Add what `make` returns for each item. An item that raises [`BadRecord`] or repeats an id is rejected.
+        Add what `make` returns for each item. An item that raises [`BadRecord`] or is a copy is rejected, also if only
+        its own id is that of another record: such a record gets another one (`<id>-2`).
 
         Args:
             items (iterable of `(position, dict)`):
                 As `reading.py` yields them. A [`Rejected`] among them is added to the rejected records.
             make (`Callable`):
                 Takes the id and the record, and returns a conversation or a question, or None to skip the record.
-            default_id (`Callable`):
-                Takes the position and the record, and returns the id of a record without its own.
-            own_id (`Callable`, *optional*):
-                Takes the record and returns its own id, if it has one.
+            prefix (`str`, *optional*, defaults to `"row-"`):
+                Prefix of the ids of records without their own, before their positions.
+            id_key (`str`, *optional*, defaults to `"id"`):
+                Key of a record's own id.
             used (collection of `str`, *optional*):
-                Names of the columns that `make` uses. The counts name the others that have values.
-            ids_may_repeat (`bool`, *optional*, defaults to `False`):
-                Whether a record that repeats an id gets another one (`<id>-2`), unless it is a copy.
+                Names of the columns that `make` uses. If given, the counts name the others that have values.
+            keep_first (`bool`, *optional*, defaults to `False`):
+                Whether a record is also rejected if it is no copy, but repeats an id.
         """
-        taken: dict[str, set[int]] = {record.id: set() for record in self}  # by id, hashes of the records that had it
-        unused: dict[str, None] = {}
-        group_column = self.group_column and column_name(self.group_column)
-        known = {*(used or ()), group_column}
+        taken, seen, unused = {record.id: 1 for record in self}, set(), {}
+        group_column = self.group_column and cells.column_name(self.group_column)
+        known = {"", *used, group_column}
         for position, item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
                 continue
-            name = default_id(position, item)
-            if used is not None:
-                unused |= dict.fromkeys(key for key in item if key not in known and not is_missing(item[key]))
+            name = f"{prefix}{position:06d}"
+            if used:
+                unused |= dict.fromkeys(key for key in item if key not in known and not cells.is_missing(item[key]))
             try:
-                name = optional_text(own_id(item)) or name if own_id is not None else name
-                if name in taken and not ids_may_repeat:
-                    raise BadRecord("duplicate_id", name)
-                record = make(name, item)
-                if record is not None and group_column:
-                    group = next((value for key, value in item.items() if column_name(key) == group_column), None)
-                    record = replace(record, group=_group_text(group))
-                if record is not None and ids_may_repeat:
-                    record = _with_free_id(record, taken)
-                if record is not None and record.id in taken:
+                name = cells.optional_text(item.get(id_key)) or name
+                if (record := make(name, item)) is None:
+                    continue
+                if group_column:
+                    record = replace(record, group=cells.group_text(item.get(group_column)))
+                if (content := hash(repr(record))) in seen or (keep_first and record.id in taken):
                     raise BadRecord("duplicate_id", record.id)
             except BadRecord as bad:
                 self.rejected.append(Rejected(name, bad.reason, bad.value))
                 continue
-            if record is not None:
-                taken[record.id] = {hash(repr(record))} if ids_may_repeat else set()
-                (self.questions if isinstance(record, Question) else self.conversations).append(record)
+            seen.add(content)
+            record = replace(record, id=free_id(record.id, taken))
+            (self.questions if isinstance(record, Question) else self.conversations).append(record)
         if unused:
             self.counts["columns_not_used"] = ", ".join(unused)
 
@@ -284,10 +254,6 @@ class Records:
     def image_names(self) -> list[str]:
         """Return the names of the images of all records, with repetitions."""
         return [name for record in self for name in record.images]
-
-    def published_id(self, name: str, images: tuple[str, ...]) -> str:
-        """Return [`published_id`] of a record or link. Without image files there are no file names to reveal."""
-        return published_id(name, images) if self.image_folder else name
 
     def first(self, number: int | None) -> "Records":
         """Return the first `number` conversations, and questions about the first `number` images per split."""
@@ -417,124 +383,27 @@ SOURCES: Registry[Source] = Registry(
 )
 
 
-def column_name(name: Any) -> str:
-    """Return the name of a column without surrounding blanks, in lower case and with `_` inside: `answer_type`."""
-    return re.sub(r"[\s_-]+", "_", str(name).strip().casefold())
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a field holds no value: null, blank, not a finite number, or text that stands for one of these."""
-    if isinstance(value, float):
-        return not isfinite(value)
-    return value is None or (isinstance(value, str) and _NO_VALUE.fullmatch(value.strip()) is not None)
-
-
-def text_value(value: Any, missing: str) -> str:
-    """
-    Return the text of a field, without surrounding whitespace. Numbers become text (VQA-RAD answers `4`).
-
-    Raises:
-        BadRecord: `missing` if there is none (see [`is_missing`]), `not_text` for a list or another object,
-        `bad_unicode` for a lone surrogate.
-    """
-    if is_missing(value):
-        raise BadRecord(missing, value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRecord("not_text", value)
-    text = str(value).strip()
-    if printable(text) != text:
-        raise BadRecord("bad_unicode", text)
-    return text
-
-
-def _group_text(value: Any) -> str | None:
-    """Return the name of a group. Spreadsheets write `17.0` for a number. Errors do not quote it, it may be a name."""
-    try:
-        return optional_text(int(value) if isinstance(value, float) and value.is_integer() else value)
-    except BadRecord:
-        raise BadRecord("bad_group") from None
-
-
-def answer_text(value: Any, missing: str = "no_answer") -> str:
-    """Return [`text_value`] of an answer, which may be a boolean: `yes` or `no`."""
-    return text_value(("no", "yes")[value] if isinstance(value, bool) else value, missing)
-
-
-def optional_text(value: Any) -> str | None:
-    """Return [`text_value`] of a field that may be missing."""
-    return None if is_missing(value) else text_value(value, missing="not_text")
-
-
-def image_cell(value: Any) -> tuple[str, ...]:
-    """
-    Return the file names in the field `image` of a table: one, several separated by `|`, or a list. In a text file, a
-    list is JSON or as Python writes it.
-
-    Raises:
-        BadRecord: `no_image` if there is none, or see [`text_value`].
-    """
-    if isinstance(value, str) and value.strip().startswith("["):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = literal_eval(value.strip())
-    if isinstance(value, str):
-        value = [name for name in value.split("|") if name.strip()]
-    names = value if isinstance(value, list | tuple) else [value]
-    return tuple(text_value(name, missing="no_image") for name in names or [None])
-
-
 def question_or_image(name: str, row: Mapping[str, Any]) -> Question | Conversation:
-    """Make a question of the row of a table, or an unlabeled image of a row without question and answer."""
-    if is_missing(row.get("question")) and is_missing(row.get("answer")):
-        return Conversation(name, image_cell(row.get("image")), [])
-    return Question.from_row(name, row)
-
-
-def read_answer_type(value: Any) -> str:
-    """Return the answer type that a source gives, such as `CLOSED` or `open-ended`."""
-    if not isinstance(value, str) or not (match := _ANSWER_TYPE.fullmatch(value)):
-        raise BadRecord("bad_answer_type", value)
-    return "open" if match[1].lower() == "open" else "closed"
-
-
-def guess_answer_type(answer: str) -> str:
-    """Return the answer type if none is given: `"closed"` for yes and no, `"open"` otherwise."""
-    return "closed" if answer.lower() in ("yes", "no") else "open"
-
-
-def printable(text: str) -> str:
-    """Replace what UTF-8 cannot encode by `?`, so that the text can be written to a file."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def published_id(name: str, images: tuple[str, ...]) -> str:
     """
-    Return a record's id as it may be published: its own, unless that reveals the name of a file.
-
-    An id with a path in it, with the suffix of an image, or with the name of one of its images becomes `id-` and the
-    first 16 hexadecimal digits of its SHA-256: file names often hold names or numbers of patients. Anyone who has the
-    source data can find the record again with the same rule.
+    Make a question of the row of a table, or an unlabeled image of a row without question and answer. Unlabeled images
+    are training data: those of another split are rejected, `unlabeled_test_image` or `unlabeled_validation_image`.
     """
-    from PIL import Image
-
-    suffixes = {*Image.registered_extensions(), *DICOM_SUFFIXES, *NIFTI_SUFFIXES, ".gz"}
-    stems = {PurePosixPath(image.replace("\\", "/")).name.split(".")[0] for image in images}
-    reveals_a_file = (
-        "/" in name
-        or "\\" in name
-        or PurePosixPath(name.partition("#")[0]).suffix.lower() in suffixes
-        or any(stem == name or (len(stem) > 3 and stem in name) for stem in stems)
-    )
-    return "id-" + hashlib.sha256(name.encode()).hexdigest()[:16] if reveals_a_file else name
+    if not (cells.is_missing(row.get("question")) and cells.is_missing(row.get("answer"))):
+        return Question.from_row(name, row)
+    images, split = cells.image_cell(row.get("image")), cells.read_split(row.get("split"))
+    if split != "train":
+        raise BadRecord(f"unlabeled_{split}_image", row.get("image"))
+    return Conversation(name, images, [])
 
 
-def _with_free_id(record: Conversation, taken: Mapping[str, set[int]]) -> Conversation:
-    """Return a record under an id that is not taken. A copy of a record that had its id is unchanged."""
-    content, same = hash(repr(record)), taken.get(record.id, ())
-    if not same or content in same:
-        return record
-    same.add(content)
-    others = (f"{record.id}-{number}" for number in count(len(same)))
-    return replace(record, id=next(name for name in others if name not in taken))
+def free_id(name: str, taken: dict[str, int]) -> str:
+    """Return an id, or if it is taken `<id>-2` and so on, and count it as taken."""
+    free = name
+    while free in taken:
+        taken[name] += 1
+        free = f"{name}-{taken[name]}"
+    taken[free] = 1
+    return free
 
 
 def check_image_folder(directory: Path) -> None:

@@ -16,7 +16,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from medst_trl.base.redaction import HIDDEN, hide_secrets
-from medst_trl.data.source import printable
+from medst_trl.data.cells import printable
 
 
 _MAX_CHARS = 300  # of a server's message

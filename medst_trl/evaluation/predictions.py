@@ -19,8 +19,9 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.registry import Registry
 from medst_trl.base.settings import settings_among
+from medst_trl.data.cells import BadRecord, printable
 from medst_trl.data.reading import read_json_records, read_text_file
-from medst_trl.data.source import BadRecord, Rejected, printable
+from medst_trl.data.source import Rejected
 
 from .metric import METRICS, describe_figures
 from .scoring import compare_vqa, naming, read_answer, score_vqa

@@ -12,7 +12,7 @@ from operator import mul
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.source import BadRecord
+from medst_trl.data.cells import BadRecord
 
 from .metric import METRICS, Answered, FigurePath, make_settings
 

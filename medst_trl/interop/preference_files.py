@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
 
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
+from medst_trl.data.cells import BadRecord, published_id
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_index import FolderImages
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, features_of, text_of, with_stored_images, write_split
-from medst_trl.data.source import BadRecord, Records, Rejected, check_image_folder, list_reasons, published_id
+from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
 
@@ -59,6 +59,12 @@ class PreferenceFile:
     rejected: list[Rejected]
     images: FolderImages
     near_hashes: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    id: str
+    row: dict
 
 
 def read_preference_file(
@@ -107,22 +113,19 @@ def read_preference_file(
         except ImageProblem as problem:  # returned, because the cache keeps no exceptions
             return problem
 
-    def pair(name: str, record: dict) -> SimpleNamespace:
+    def pair(name: str, record: dict) -> _Pair:
         row = _read_pair(record)
-        row["id"] = published_id(name, tuple(row["images"]))
         row["image_ids"] = [identify(image) for image in row["images"]]
         for image, found in zip(row["images"], row["image_ids"]):
             if isinstance(found, ImageProblem):
                 raise BadRecord(found.reason, f"{image}: {found}")
-        return SimpleNamespace(id=name, row=row)
+        return _Pair(name, row)
 
-    records.collect(
-        read_json_records(path, key="image"),
-        pair,
-        default_id=lambda position, _: f"record-{position:06d}",
-        own_id=lambda record: record.get("id"),
-    )
-    pairs = [pair.row | {"row": number} for number, pair in enumerate(records.conversations)]
+    records.collect(read_json_records(path, key="image"), pair, prefix="record-")
+    pairs = [
+        pair.row | {"id": published_id(pair.id, pair.row["images"]), "row": number}
+        for number, pair in enumerate(records.conversations)
+    ]
     return PreferenceFile(pairs, records.rejected, images, near_hashes)
 
 

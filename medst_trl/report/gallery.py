@@ -9,8 +9,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from medst_trl.data.cells import BadRecord
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.source import BadRecord
 from medst_trl.evaluation.metrics.strict import is_right
 from medst_trl.evaluation.scoring import read_answer
 

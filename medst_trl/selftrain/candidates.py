@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
+from medst_trl.data.cells import printable
 from medst_trl.data.conform import conform
 from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
-from medst_trl.data.source import printable
 from medst_trl.engines.engine import (
     Engine,
     OpenedImage,

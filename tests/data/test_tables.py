@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tables import write_table
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.reading import column_name, read_json_records, read_rows
-from medst_trl.data.source import Question, Rejected, is_missing
+from medst_trl.data.cells import column_name, is_missing
+from medst_trl.data.reading import read_json_records, read_rows
+from medst_trl.data.source import Question, Rejected, SourceRequest
 from medst_trl.data.sources.images import read_captions, read_table
 
 
@@ -37,7 +38,7 @@ def test_a_line_with_an_unclosed_quote_is_rejected_by_its_number(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     rows, rejected, _ = read(tmp_path / "t.csv")
     assert [row["image"] for row in rows] == [f"{n}.png" for n in (0, 1, *range(3, 10))]
-    assert rejected == [Rejected("t.csv#line 4", "bad_quotes", lines[3])]
+    assert rejected == [Rejected("t.csv#line 4", "bad_quotes")]  # without the line, which may name a patient
 
 
 CELLS = st.text(st.sampled_from('ab ,;"\n'), max_size=8)
@@ -67,7 +68,7 @@ def test_any_line_with_a_broken_quote_costs_only_itself(tmp_path_factory, cells,
 def test_captions_lose_no_rows_to_an_unclosed_quote(tmp_path):
     lines = ["image;Caption", "0.png;A scan.", '1.png;"A scan', '2.png;"Two\nlines."', "3.png;A scan."]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    source = read_captions(tmp_path / "t.csv", tmp_path)
+    source = read_captions(SourceRequest(tmp_path / "t.csv", tmp_path))
     assert [conversation.images[0] for conversation in source.conversations] == ["0.png", "2.png", "3.png"]
     assert [item.id for item in source.rejected] == ["t.csv#line 3"]
 
@@ -91,8 +92,8 @@ def test_the_image_may_be_the_last_column(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join([*lines, "Q3?,yes,3.png"]))
     rows, rejected, _ = read(tmp_path / "t.csv")
     assert rows[0] == {"question": "Q0?", "answer": "one, two\nthree, four", "image": "0.png"}
-    assert [item.id for item in rejected] == ["t.csv#line 4"]
-    assert [row["image"] for row in rows[1:]] == ["2.png", "3.png"]
+    assert [item.id for item in rejected] == ["t.csv#line 4", "t.csv#line 5"]  # the second has a stray quote
+    assert [row["image"] for row in rows[1:]] == ["3.png"]
 
 
 @settings(deadline=None, max_examples=100)
@@ -181,7 +182,7 @@ def test_a_damaged_character_of_utf8_costs_its_row_only(tmp_path):
 def test_damaged_bytes_in_ascii_cost_their_row_only(tmp_path, damage):
     lines = [b"image,caption", *(b"%d.png,Is it normal?" % n for n in range(50)), b"50.png,Is " + damage + b" it?"]
     (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
-    source = read_captions(tmp_path / "t.csv", tmp_path)
+    source = read_captions(SourceRequest(tmp_path / "t.csv", tmp_path))
     assert len(source.conversations) == 50 and [item.reason for item in source.rejected] == ["bad_unicode"]
 
 
@@ -315,7 +316,7 @@ def test_values_are_recognized_whatever_their_case(tmp_path, suffix):
         {"Image": "6.png", "Question": "Side?", " Answer ": "up", "Answer Type": "free", "SPLIT": "train"},
         {"Image": "7.png", "Question": "Side?", " Answer ": "up", "Answer Type": "open", "SPLIT": "fold 1"},
     ]
-    source = read_table(write_table(tmp_path / f"t{suffix}", rows), tmp_path)
+    source = read_table(SourceRequest(write_table(tmp_path / f"t{suffix}", rows), tmp_path))
     assert [(question.split, question.answer_type) for question in source.questions] == [
         ("train", "closed"), ("validation", "closed"), ("test", "open"), ("test", "open"), ("train", "closed"),
         ("validation", "closed"),
@@ -330,10 +331,10 @@ def test_columns_that_were_not_used_are_named(tmp_path, suffix):
     rows = [
         {"image": "0.png", "Patient ID": "P1", "Age": 7, "question": "q?", "answer": "a", "empty": "", "Link": "l"}
     ]
-    source = read_table(write_table(tmp_path / f"t{suffix}", rows), tmp_path)
+    source = read_table(SourceRequest(write_table(tmp_path / f"t{suffix}", rows), tmp_path))
     assert source.counts == {"columns_not_used": "patient_id, age"}
     caption = write_table(tmp_path / f"c{suffix}", [{"image": "0.png", "Caption": "A scan.", "question": "q?"}])
-    captions = read_captions(caption, tmp_path)
+    captions = read_captions(SourceRequest(caption, tmp_path))
     assert captions.counts == {"columns_not_used": "question"} and len(captions.conversations) == 1
 
 
@@ -368,6 +369,8 @@ def test_missing_values_never_become_text(value):
 @given(ANSWERS)
 def test_numbers_and_booleans_are_answers(value):
     expected = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value).strip()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        expected = str(int(value))
     question = Question.from_row("q", {"image": "a.png", "question": "What?", "answer": value})
     assert question.answer == expected
     assert question.answer_type == ("closed" if expected.lower() in ("yes", "no") else "open")
@@ -387,7 +390,7 @@ def test_rows_of_json_with_missing_values_stay_images_or_are_rejected(tmp_path):
         path = tmp_path / f"t{suffix}"
         path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
         assert "NaN" in path.read_text()
-        source = read_table(path, tmp_path)
+        source = read_table(SourceRequest(path, tmp_path))
         assert [(question.id, question.answer) for question in source.questions] == [
             ("row-000000", "yes"), ("row-000004", "no"), ("row-000005", "4"),
         ]  # fmt: skip
@@ -402,15 +405,16 @@ def test_rows_of_json_with_missing_values_stay_images_or_are_rejected(tmp_path):
 def test_several_images_in_a_cell_are_one_conversation(tmp_path, cell, suffix):
     rows = [{"image": cell, "question": "What has changed?", "answer": "nothing", "caption": "Two scans."}]
     path = write_table(tmp_path / f"t{suffix}", rows)
-    (question,) = read_table(path, tmp_path).questions
+    (question,) = read_table(SourceRequest(path, tmp_path)).questions
     assert question.images == ("0.png", "1.png")
-    (conversation,) = read_captions(path, tmp_path).conversations
+    (conversation,) = read_captions(SourceRequest(path, tmp_path)).conversations
     assert conversation.images == ("0.png", "1.png")
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "image", "text"]
 
 
 def test_several_images_without_question_are_unlabeled_one_by_one(tmp_path):
-    source = read_table(write_table(tmp_path / "t.csv", [{"image": "0.png|1.png"}, {"image": "2.png"}]), tmp_path)
+    table = write_table(tmp_path / "t.csv", [{"image": "0.png|1.png"}, {"image": "2.png"}])
+    source = read_table(SourceRequest(table, tmp_path))
     assert [record.images for record in source] == [("0.png",), ("1.png",), ("2.png",)]
 
 
@@ -421,8 +425,27 @@ def test_several_images_may_be_a_list_in_json(tmp_path):
         {"image": [["0.png"]], "question": "?", "answer": "x"}, {"image": "[1] a.png", "question": "?", "answer": 1},
         {"image": ["0.png", "1.png"], "question": "?", "answer": "x", "split": "test"},
     ]  # fmt: skip
-    source = read_table(write_table(tmp_path / "t.jsonl", rows), tmp_path)
+    source = read_table(SourceRequest(write_table(tmp_path / "t.jsonl", rows), tmp_path))
     assert [question.images for question in source.questions] == [("0.png", "1.png"), ("[1] a.png",)]
     assert [item.reason for item in source.rejected] == [
         "no_answer", "no_image", "no_image", "not_text", "several_test_images",
     ]  # fmt: skip
+
+
+def test_images_without_question_of_another_split_do_not_become_training_data(tmp_path):
+    rows = [
+        {"image": f"{n}.png", "question": question, "answer": question, "split": split}
+        for n, (question, split) in enumerate([("", "test"), ("#N/A", "val"), ("nan", ""), ("", "fold 1")])
+    ]
+    source = read_table(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
+    assert [conversation.images for conversation in source.conversations] == [("2.png",)]
+    assert [(item.reason, item.value) for item in source.rejected] == [
+        ("unlabeled_test_image", "0.png"), ("unlabeled_validation_image", "1.png"), ("bad_split", "fold 1"),
+    ]  # fmt: skip
+
+
+def test_captions_of_another_split_are_no_training_data(tmp_path):
+    rows = [{"image": f"{n}.png", "caption": "A scan.", "split": s} for n, s in enumerate(["", "val", "test", "x"])]
+    source = read_captions(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
+    assert [conversation.split for conversation in source.conversations] == ["train", "validation"]
+    assert [item.reason for item in source.rejected] == ["test_caption", "bad_split"] and not source.counts

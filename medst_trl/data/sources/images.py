@@ -2,25 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain images: a directory, or a table of file names, optionally with questions and answers, or with captions."""
 
-from collections.abc import Callable, Collection
-from pathlib import Path
-
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
+from medst_trl.data.cells import BadRecord, image_cell, read_split, text_value
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import dialogue
 from medst_trl.data.source import (
     QUESTION_COLUMNS,
     SOURCES,
     Conversation,
-    Question,
     Records,
     Source,
     SourceCard,
-    image_cell,
+    SourceRequest,
     question_or_image,
-    text_value,
 )
 
 
@@ -48,83 +44,71 @@ DETAILED = (
 )
 
 
-def read_folder(directory: Path, follow_symlinks: bool = False) -> Records:
+def read_folder(request: SourceRequest) -> Records:
     """
     Read every file in a directory, except hidden ones, as one unlabeled image.
 
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
-    records, names = Records("images", directory), visible_files(directory, follow_symlinks=follow_symlinks)
+    records = Records("images", request.data_path)
+    names = visible_files(request.data_path, follow_symlinks=request.follow_symlinks)
     records.conversations = [Conversation(name, (name,), []) for name in names]
     if not records.conversations:
-        raise UserError(f"{directory} holds no files. Correct the path to the images.")
+        raise UserError(f"{request.data_path} holds no files. Correct the path to the images.")
+    tables = [name for name in names if name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet"))]
+    if tables:
+        advice = "to read a table, give it as data_path, and this directory as image_folder"
+        records.counts["tables_not_read"] = f"{', '.join(tables[:3])} ({advice})"
     return records
 
 
-def read_table(
-    path: Path, image_folder: Path, follow_symlinks: bool = False, group_column: str | None = None
-) -> Records:
+def read_table(request: SourceRequest) -> Records:
     """
     Read a table of images, see [`~medst_trl.data.reading.read_rows`]; for a directory see [`read_folder`].
 
-    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); optionally `question` and `answer`
+    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); optionally `question` and `answer`
     together, and with them `id`, `split` (train, validation or test; default train), `answer_type` (open or closed;
     default closed for yes and no), `question_type` and `link` (shared by the paraphrases of one question). A row
     without a question is an unlabeled image.
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
-    `duplicate_id`, and those of [`~medst_trl.data.source.Question.from_row`].
+    `duplicate_id`, and those of [`~medst_trl.data.source.question_or_image`].
     """
-    if path.is_dir():
-        return read_folder(path, follow_symlinks)
-    records = Records("images", image_folder, group_column=group_column)
-    return _read_rows(records, path, question_or_image, QUESTION_COLUMNS)
+    if request.data_path.is_dir():
+        return read_folder(request)
+    records = Records("images", request.image_folder, group_column=request.group_column)
+    records.collect(read_rows(request.data_path, notes=records.counts), question_or_image, used=QUESTION_COLUMNS)
+    if not records.questions and "columns_not_used" in records.counts:
+        records.counts["questions"] = "none, as no row has a value in the column question or answer"
+    return records
 
 
-def read_captions(path: Path, image_folder: Path, seed: int = 0, group_column: str | None = None) -> Records:
+def read_captions(request: SourceRequest) -> Records:
     """
     Read a table of captioned images, see [`~medst_trl.data.reading.read_rows`].
 
     They become conversations of one turn, for LLaVA-Med's optional first step: aligning the projector. As in LLaVA-Med
     (https://huggingface.co/papers/2306.00890), the user asks for a brief description if the caption has fewer than 30
-    words, and for a detailed one otherwise. The wording of the request is sampled for each record.
+    words, and for a detailed one otherwise. The wording of the request is sampled for each record, by its id and the
+    seed.
 
-    Columns: `image`, file names (see [`~medst_trl.data.source.image_cell`]); `caption`; optionally `id`.
-
-    Args:
-        path (`pathlib.Path`):
-            The table.
-        image_folder (`pathlib.Path`):
-            Where its file names start.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw of requests. That of a record depends on its id alone.
-        group_column (`str`, *optional*):
-            Column with the group of a record, such as a patient.
+    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); `caption`; optionally `id` and `split`
+    (train or validation).
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
-    `no_image`, `no_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
+    `no_image`, `no_caption`, `bad_split`, `test_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
 
     def conversation(name: str, row: dict) -> Conversation:
         images, caption = image_cell(row.get("image")), text_value(row.get("caption"), missing="no_caption")
-        return Conversation(name, images, dialogue([(instruction(name, caption, seed), caption)], len(images)))
+        if (split := read_split(row.get("split"))) == "test":  # a benchmark has questions
+            raise BadRecord("test_caption", row["split"])
+        turns = [(instruction(name, caption, request.seed), caption)]
+        return Conversation(name, images, dialogue(turns, len(images)), split)
 
-    return _read_rows(
-        Records("captions", image_folder, group_column=group_column), path, conversation, ("id", "image", "caption")
-    )
-
-
-def _read_rows(
-    records: Records, path: Path, make: Callable[[str, dict], Question | Conversation], used: Collection[str]
-) -> Records:
-    """Add what `make` returns for the id and the columns of each row of a table, of which it uses some."""
-    records.collect(
-        read_rows(path, notes=records.counts),
-        make,
-        default_id=lambda position, _: f"row-{position:06d}",
-        own_id=lambda row: row.get("id"),
-        used=used,
-    )
+    records = Records("captions", request.image_folder, group_column=request.group_column)
+    rows = read_rows(request.data_path, notes=records.counts)
+    records.collect(rows, conversation, used=("id", "image", "caption", "split"))
     return records
 
 
@@ -138,9 +122,7 @@ SOURCES.register(
     Source(
         name="images",
         summary="a directory of images, or a table (csv, xlsx, jsonl) with image, optionally question, answer, split",
-        read=lambda request: read_table(
-            request.data_path, request.image_folder, request.follow_symlinks, request.group_column
-        ),
+        read=read_table,
         card=SourceCard("images from the publisher of this repository"),
         reads_parquet=True,
         reads_folders=True,
@@ -151,9 +133,7 @@ SOURCES.register(
     Source(
         name="captions",
         summary="a table (csv, xlsx, jsonl) with columns image and caption; each caption answers a request",
-        read=lambda request: read_captions(
-            request.data_path, request.image_folder, request.seed, request.group_column
-        ),
+        read=read_captions,
         card=SourceCard("the publisher's own collection of captioned images"),
     )
 )

@@ -3,21 +3,11 @@
 """Conversations in LLaVA's JSON format (`id`, `image`, `conversations` of `from` and `value`)."""
 
 import re
-from pathlib import Path
 
-from medst_trl.data.reading import read_json_records
+from medst_trl.data.cells import BadRecord, answer_text, is_missing, text_value
+from medst_trl.data.reading import read_json_rows
 from medst_trl.data.schema import image_part, message, text_part
-from medst_trl.data.source import (
-    SOURCES,
-    BadRecord,
-    Conversation,
-    Records,
-    Source,
-    SourceCard,
-    answer_text,
-    is_missing,
-    text_value,
-)
+from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard, SourceRequest
 
 
 PLACEHOLDER = "<image>"
@@ -27,18 +17,19 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 _PLACEHOLDER_AND_BREAKS = re.compile(r"[\r\n]*(<image>)[\r\n]*")  # the group keeps it among the pieces
 
 
-def read_llava(path: Path, image_folder: Path, group_column: str | None = None) -> Records:
+def read_llava(request: SourceRequest) -> Records:
     """
     Read a `.json` or `.jsonl` file of conversations.
 
     `image` is a file name, a list of them or missing. Each `<image>` in a human text becomes an image part at its
     position; without any, the images open the first turn. In an answer `<image>` is plain text. Turns may also be
     `role` and `content`. A record without `id` is named after its position. Different records with the same id, as in
-    merged files, get other ones (`<id>-2`); a copy is rejected.
+    merged files, get other ones (`<id>-2`); a copy is rejected. Names of keys may differ in case and blanks, and
+    `images` is `image`.
 
-    Rejected, by reason: `malformed_json`, `not_an_object`, `no_conversation`, `bad_image_field`, `unknown_role`,
-    `starts_with_answer`, `same_role_twice`, `ends_with_question`, `empty_turn`, `placeholder_mismatch`, `not_text`,
-    `bad_unicode`, `duplicate_id`.
+    Rejected, by reason: `malformed_json`, `not_an_object`, `repeated_column`, `no_conversation`, `bad_image_field`,
+    `unknown_role`, `starts_with_answer`, `same_role_twice`, `ends_with_question`, `empty_turn`,
+    `placeholder_mismatch`, `not_text`, `bad_unicode`, `duplicate_id`.
 
     Raises:
         UserError: if the file holds no records at all.
@@ -50,14 +41,10 @@ def read_llava(path: Path, image_folder: Path, group_column: str | None = None) 
         turns = record.get("conversations", record.get("conversatons"))
         return Conversation(name, images, llava_messages(turns, len(images)))
 
-    records = Records("llava", image_folder, group_column=group_column)
-    records.collect(
-        read_json_records(path, "conversations", records.counts),
-        conversation,
-        default_id=lambda position, _: f"record-{position:06d}",
-        own_id=lambda record: record.get("id"),
-        ids_may_repeat=True,
-    )
+    records = Records("llava", request.image_folder, group_column=request.group_column)
+    rows = read_json_rows(request.data_path, "conversations", records.counts)
+    used = ("id", "image", "conversations", "conversatons")
+    records.collect(rows, conversation, prefix="record-", used=used)
     return records
 
 
@@ -128,7 +115,7 @@ SOURCES.register(
     Source(
         name="llava",
         summary="a JSON or JSONL file of conversations (`id`, `image`, `conversations`)",
-        read=lambda request: read_llava(request.data_path, request.image_folder, request.group_column),
+        read=read_llava,
         card=SourceCard("the publisher's own collection of conversations in LLaVA's format"),
     )
 )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medst_trl.base.settings import documented
+from medst_trl.data.cells import BadRecord, text_value
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import SOURCES, BadRecord, Question, Records, Rejected, Source, SourceCard, text_value
+from medst_trl.data.source import SOURCES, Question, Records, Rejected, Source, SourceCard
 
 from .vqa_rad import IMAGE_FOLDERS
 
@@ -48,16 +49,16 @@ def read_pathvqa(path: Path, image_folder: Path, image_pattern: str = "{img_id}.
     for split, pattern in PATHVQA_FILES.items():
         images = image_pattern.replace("{split}", "val" if split == "validation" else split)
         rows = _pathvqa(find_file(path, pattern), split, images, records.counts)
-        records.collect(rows, Question.from_row, default_id=lambda name, _: name)
+        records.collect(rows, Question.from_row)
     return records
 
 
-def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Iterator[tuple[str, dict | Rejected]]:
+def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Iterator[tuple[int, dict | Rejected]]:
     """Yield the questions of all entries of a file with their names. An unusable entry is rejected as a whole."""
     for position, entry in read_json_records(file, "sentf", counts):
         name = f"pathvqa-{split}-{position:05d}"
         if isinstance(entry, Rejected):
-            yield name, entry
+            yield position, entry
             continue
         try:
             questions, labels = entry["sentf"]["pvqa"], entry["labelf"]["pvqa"]
@@ -69,13 +70,14 @@ def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Ite
             ]
             image = images.replace("{img_id}", text_value(entry.get("img_id"), missing="no_image"))
         except BadRecord as bad:
-            yield name, Rejected(name, bad.reason, bad.value)
+            yield position, Rejected(name, bad.reason, bad.value)
         except (KeyError, TypeError, ValueError, AttributeError):
-            yield name, Rejected(name, "malformed_entry", json.dumps(entry))
+            yield position, Rejected(name, "malformed_entry", json.dumps(entry))
         else:
             counts["images_without_questions"] += not answers
             for number, (question, answer) in enumerate(zip(questions, answers)):
-                yield f"{name}-{number}", {"question": question, "answer": answer, "image": image, "split": split}
+                row = {"id": f"{name}-{number}", "question": question, "answer": answer}
+                yield position, row | {"image": image, "split": split}
 
 
 SOURCES.register(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medst_trl.base.settings import documented
+from medst_trl.data.cells import read_answer_type, text_value
 from medst_trl.data.overlap import plain_question
 from medst_trl.data.reading import find_file, read_json_records
-from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard, read_answer_type, text_value
+from medst_trl.data.source import SOURCES, Question, Records, Source, SourceCard
 
 
 IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questions, as releases come
@@ -113,11 +114,8 @@ def collect_questions(
         # A missing one is bad, too: these benchmarks give the type of each question.
         return replace(result, answer_type=read_answer_type(record.get("answer_type")))
 
-    records.collect(
-        read_json_records(file, "question", records.counts),
-        question,
-        default_id=lambda position, record: str(record.get("qid", f"{file.name}#{position}")),
-    )
+    rows = read_json_records(file, "question", records.counts)
+    records.collect(rows, question, prefix=f"{file.name}#", id_key="qid", keep_first=True)
 
 
 _VQA_RAD_CARD = SourceCard(

@@ -12,8 +12,8 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
 from medst_trl.base.settings import check_choice, check_url, documented
+from medst_trl.data.cells import printable
 from medst_trl.data.schema import message, text_part
-from medst_trl.data.source import printable
 from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, Stopped
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, RequestSize, image_tokens

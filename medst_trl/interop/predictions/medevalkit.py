@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.files import write_json
-from medst_trl.data.source import BadRecord
+from medst_trl.data.cells import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import NOT_ENGLISH, answer_type, json_rows, read_with_answers
+from .questions import GOLD, NOT_ENGLISH, answer_type, complete_rows, read_with_answers
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -61,12 +61,8 @@ def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     prediction = row["prediction"] if row.get("prediction") is not None else final_answer(response)
     return {
         "id": row.get("id") or str(number),
-        "image_id": row.get("image_id"),
-        "question": row["question"],
-        "answer": row["answer"],
+        **{key: row.get(key) for key in GOLD},
         **answer_type(row["answer"], row.get("answer_type")),
-        "question_type": row.get("question_type"),
-        "group_id": row.get("group_id"),
         "prediction": prediction,
         **({"response": response} if response != prediction else {}),
     }
@@ -78,7 +74,7 @@ PREDICTION_FORMATS.register(
         summary="results.json of MedEvalKit",
         expected="MedEvalKit's results.json is an array of objects with question, answer and response.",
         guess=lambda path, first: first.keys() >= {"question", "answer", "response"},
-        read=partial(read_with_answers, partial(json_rows, keys=("question", "answer", "response")), _record),
+        read=partial(read_with_answers, partial(complete_rows, keys=("question", "answer", "response")), _record),
         write=_write,
     )
 )

@@ -9,29 +9,32 @@ text ("Is this an axial plane?"). Rows are therefore joined only if the text of 
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.cells import BadRecord, guess_answer_type
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.source import BadRecord, Rejected, guess_answer_type
+from medst_trl.data.source import Rejected
 from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode, read_questions
 
 
 NOT_ENGLISH = "not in English"
 
-_REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object"}
+_REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object", "bad_quotes": "unclosed quotes"}
 # What a benchmark says about an id.
 GOLD = ("image_id", "group_id", "question", "answer", "answer_type", "question_type")
 
 
-def json_rows(path: Path, keys: Collection[str]) -> Iterator[ReadRow]:
-    """Objects of a JSON array or of JSON lines that have a value for each of `keys`; the others rejected."""
-    for position, row in read_json_records(path, key=next(iter(keys))):
+def complete_rows(
+    path: Path, keys: Sequence[str], rows: Iterable[tuple[int, dict | Rejected]] | None = None
+) -> Iterator[ReadRow]:
+    """Yield the rows of a file, by default of JSON, that have a value for each of `keys`, and the others rejected."""
+    for position, row in read_json_records(path, keys[0]) if rows is None else rows:
         name = f"row {position + 1}"
         if isinstance(row, Rejected):
-            yield name, Rejected(name, _REASONS[row.reason], row.value)
+            yield name, Rejected(name, _REASONS.get(row.reason, row.value), row.value)
         elif missing := [key for key in keys if row.get(key) is None or row[key] != row[key]]:
             yield name, Rejected(name, f"no {missing[0]}", row)
         else:

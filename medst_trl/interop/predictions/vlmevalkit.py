@@ -10,7 +10,6 @@ An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pan
 
 import csv
 import io
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_text
-from medst_trl.data.reading import check_header, read_text_file, read_workbook
-from medst_trl.data.source import Rejected
+from medst_trl.data.reading import read_rows
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
 
-from .questions import answer_type, json_rows, read_with_answers
+from .questions import GOLD, answer_type, complete_rows, read_with_answers
 
 
-_DELIMITERS = {".tsv": "\t", ".csv": ",", ".xlsx": None}
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
 _EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
 _COLUMNS = ("index", "question", "answer", "prediction")
 _REQUIRED = ("index", "question", "prediction")  # test sets with hidden answers have none
@@ -33,22 +31,9 @@ _OURS = ("id", "image_id", "answer_type", "question_type", "group_id")
 
 
 def _rows(path: Path) -> Iterator[ReadRow]:
-    """Rows by column name; rows of a table with more or fewer cells than its header are rejected."""
-    suffix = path.suffix.lower()
-    if suffix not in _DELIMITERS:
-        yield from json_rows(path, _REQUIRED)
-        return
-    # Answers that start with `=` are formulas in a workbook that pandas writes.
-    workbook = read_workbook(path, "let VLMEvalKit write PRED_FORMAT=tsv", formulas=True)
-    lines = (cells for _, cells in workbook) if suffix == ".xlsx" else _cells(path, _DELIMITERS[suffix])
-    header = [str(name) for name in next(lines, [])]
-    check_header(header, _REQUIRED, path, _DELIMITERS[suffix], _EXPECTED)
-    for number, cells in enumerate(lines, start=1):
-        name = f"row {number}"
-        if len(cells) != len(header):
-            yield name, Rejected(name, f"{len(cells)} cells instead of {len(header)}", cells)
-        else:
-            yield name, dict(zip(header, cells))
+    instead = "let VLMEvalKit write PRED_FORMAT=tsv"
+    rows = read_rows(path, _REQUIRED, advice=_EXPECTED, instead=instead, as_written=True)
+    return complete_rows(path, _REQUIRED, rows)
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
@@ -67,7 +52,7 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
     if suffix == ".json":
         write_json(path, rows)
         return
-    if not _DELIMITERS.get(suffix):
+    if suffix not in _DELIMITERS:
         raise UserError(f"VLMEvalKit's predictions are written as .tsv, .csv or .json. Rename {path}.")
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=_DELIMITERS[suffix], quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -78,23 +63,13 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
 
 def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
-    answer = None if row.get("answer") == "" else row.get("answer")
     return {
         "id": str(row["index"] if row.get("id") in (None, "") else row["id"]),
-        "image_id": row.get("image_id") or None,
+        **{key: None if row.get(key) == "" else row.get(key) for key in GOLD},
         "question": row["question"],
-        "answer": answer,
-        **answer_type(answer, row.get("answer_type")),
-        "question_type": row.get("question_type") or None,
-        "group_id": row.get("group_id") or None,
+        **answer_type(row.get("answer") or None, row.get("answer_type")),
         "prediction": row["prediction"],
     }
-
-
-def _cells(path: Path, delimiter: str) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)  # an endless answer may exceed csv's 128 KiB
-    text = read_text_file(path, "predictions")
-    yield from (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if cells)
 
 
 PREDICTION_FORMATS.register(
@@ -102,7 +77,9 @@ PREDICTION_FORMATS.register(
         name="vlmevalkit",
         summary="tables of VLMEvalKit",
         expected=_EXPECTED,
-        guess=lambda path, first: path.suffix.lower() in _DELIMITERS or first.keys() >= {"index", "prediction"},
+        guess=lambda path, first: (
+            path.suffix.lower() in (*_DELIMITERS, ".xlsx") or first.keys() >= {"index", "prediction"}
+        ),
         read=partial(read_with_answers, _rows, _record),
         write=_write,
     )

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from medst_trl.base.registry import Registry
-from medst_trl.data.source import printable
+from medst_trl.data.cells import printable
 
 
 MAX_CHARS = 12_000  # about 3,000 tokens; a longer text is cut, and the prompt says so

@@ -10,6 +10,7 @@ from tables import write_table
 from medst_trl.base.errors import UserError
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import text_of
+from medst_trl.data.source import SourceRequest
 from medst_trl.data.sources.images import BRIEF, DETAILED, instruction, read_captions, read_folder, read_table
 from medst_trl.pipeline.stages.prepare import PrepareArguments, main
 
@@ -18,11 +19,11 @@ def test_every_visible_file_of_a_directory_is_read_in_order(tmp_path):
     for name in ("b.png", "a/c.dcm", "a/IM0001", ".hidden.png", ".git/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    names = [conversation.images[0] for conversation in read_folder(tmp_path).conversations]
+    names = [conversation.images[0] for conversation in read_folder(SourceRequest(tmp_path)).conversations]
     assert names == ["b.png", "notes.txt", "a/IM0001", "a/c.dcm"]
-    assert not any(conversation.messages for conversation in read_folder(tmp_path).conversations)
+    assert not any(conversation.messages for conversation in read_folder(SourceRequest(tmp_path)).conversations)
     with pytest.raises(UserError, match="holds no files"):
-        read_folder(tmp_path / ".git" / "none")
+        read_folder(SourceRequest(tmp_path / ".git" / "none"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".xlsx"])
@@ -33,7 +34,7 @@ def test_a_table_can_contain_questions_and_images_without_questions(tmp_path, su
         {"image": "a.png", "question": "Normal?", "answer": "Yes", "split": ""},
         {"image": "b.png", "question": "", "answer": "", "split": ""},
     ]
-    source = read_table(write_table(tmp_path / f"table{suffix}", rows), tmp_path)
+    source = read_table(SourceRequest(write_table(tmp_path / f"table{suffix}", rows), tmp_path))
     assert [(q.split, q.question, q.answer, q.answer_type) for q in source.questions] == [
         ("test", 'What, "exactly"?', answer, "open"),
         ("train", "Normal?", "Yes", "closed"),
@@ -43,11 +44,11 @@ def test_a_table_can_contain_questions_and_images_without_questions(tmp_path, su
 
 def test_bad_rows_are_rejected(tmp_path):
     lines = [
-        "id,image,question,answer,split,answer_type", "1,a.png,q,a,,", "1,a.png,q2,a,,", "2,,q,a,,", "3,a.png,q,,,",
+        "id,image,question,answer,split,answer_type", "1,a.png,q,a,,", "1,a.png,q,a,,", "2,,q,a,,", "3,a.png,q,,,",
         "4,a.png,,a,,", "5,a.png,q,a,holdout,", "6,a.png,q,a,,maybe", "7,a.png", "", "8,b.png,,,,",
     ]  # fmt: skip
     (tmp_path / "a.csv").write_text("\n".join(lines))
-    source = read_table(tmp_path / "a.csv", tmp_path)
+    source = read_table(SourceRequest(tmp_path / "a.csv", tmp_path))
     assert [item.reason for item in source.rejected] == [
         "duplicate_id", "no_image", "no_answer", "no_question", "bad_split", "bad_answer_type", "malformed_row",
     ]  # fmt: skip
@@ -58,7 +59,7 @@ def test_bad_rows_are_rejected(tmp_path):
 def test_a_table_without_images_is_refused(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=r"a\.csv"):
-        read_table(tmp_path / "a.csv", tmp_path)
+        read_table(SourceRequest(tmp_path / "a.csv", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -71,14 +72,14 @@ def test_a_table_without_images_is_refused(tmp_path, text):
 def test_a_header_that_would_lose_data_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_table(tmp_path / name, tmp_path)
+        read_table(SourceRequest(tmp_path / name, tmp_path))
 
 
 def test_rows_end_only_at_line_breaks(tmp_path):
     rows = [["a.png", "Is it\x85?", "yes\u2028"], ["b.png", "one\ntwo", "\x0c"]]
     with open(tmp_path / "a.csv", "w", newline="") as file:
         csv.writer(file).writerows([["image", "question", "answer"], *rows])
-    source = read_table(tmp_path / "a.csv", tmp_path)
+    source = read_table(SourceRequest(tmp_path / "a.csv", tmp_path))
     assert [item.image for item in source.questions] == ["a.png"]
     assert [item.reason for item in source.rejected] == ["no_answer"]
 
@@ -93,7 +94,8 @@ def request_of(conversation):
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_each_caption_answers_a_request_that_matches_its_length(tmp_path, suffix):
     rows = [{"id": f"r{n}", "image": f"{n}.png", "caption": LONG if n % 2 else SHORT} for n in range(100)]
-    conversations = read_captions(write_table(tmp_path / f"table{suffix}", rows), tmp_path).conversations
+    table = write_table(tmp_path / f"table{suffix}", rows)
+    conversations = read_captions(SourceRequest(table, tmp_path)).conversations
     for row, conversation in zip(rows, conversations, strict=True):
         assert (conversation.id, conversation.images) == (row["id"], (row["image"],))
         user, assistant = conversation.messages
@@ -111,7 +113,9 @@ def test_the_request_of_a_record_depends_only_on_its_id_and_the_seed(tmp_path):
     rows = [{"id": f"r{n}", "image": "a.png", "caption": SHORT} for n in range(40)]
     read = lambda rows, seed: {  # noqa: E731
         conversation.id: request_of(conversation)
-        for conversation in read_captions(write_table(tmp_path / "t.csv", rows), tmp_path, seed).conversations
+        for conversation in read_captions(
+            SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path, seed=seed)
+        ).conversations
     }
     all_requests = read(rows, 0)
     assert read(rows[::-3], 0).items() <= all_requests.items()
@@ -121,13 +125,13 @@ def test_the_request_of_a_record_depends_only_on_its_id_and_the_seed(tmp_path):
 
 def test_bad_captions_are_rejected(tmp_path):
     lines = [
-        {"id": "1", "image": "a.png", "caption": "A scan."}, {"id": "1", "image": "b.png", "caption": "Again."},
+        {"id": "1", "image": "a.png", "caption": "A scan."}, {"id": "1", "image": "a.png", "caption": "A scan."},
         {"image": "", "caption": "x"}, {"image": "a.png", "caption": "  "}, {"image": "a.png"},
         {"image": "a.png", "caption": ["x"]}, {"image": "a.png", "caption": "half \ud800"}, 5,
     ]  # fmt: skip
     path = write_table(tmp_path / "t.jsonl", lines)
     path.write_text(path.read_text() + '\n{"image": "a.png", "cap')
-    source = read_captions(path, tmp_path)
+    source = read_captions(SourceRequest(path, tmp_path))
     assert [item.reason for item in source.rejected] == [
         "duplicate_id", "no_image", "no_caption", "no_caption", "not_text", "bad_unicode", "not_an_object",
         "malformed_json",
@@ -146,4 +150,5 @@ def test_prepare_writes_instruct_data_from_captions(tmp_path):
     rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
     assert (rejected["id"], rejected["reason"]) == ("row-000002", "missing")
     with pytest.raises(UserError, match="no column `image`"):
-        read_captions(write_table(tmp_path / "other.csv", [{"file": "a.png", "caption": "x"}]), tmp_path)
+        other = write_table(tmp_path / "other.csv", [{"file": "a.png", "caption": "x"}])
+        read_captions(SourceRequest(other, tmp_path))

@@ -222,7 +222,7 @@ class TestVlmEvalKit:
         ("a.json", '[{"id": "1"}]', "vlmevalkit", "no index.*have the columns index"),
         ("a.tsv", "a\tb\n1\t2\n", None, "no column `index`, .*it has a, b.*VLMEvalKit's"),
         ("a.tsv", "", None, "no column `index`"),
-        ("a.csv", "index;question;prediction\n", None, "by commas instead of semicolons"),
+        ("a.csv", "index;question;prediction\n", None, "holds no prediction that can be scored"),
         ("a.csv", "index,question,answer,prediction,prediction\n", None, "several columns `prediction`"),
         ("a.json", '[{"id": "1", "answer": "a", "answer_type": "open", "prediction": "b"}]', None, "is JSON lines"),
         ("a.jsonl", "", "llava_med", "holds no records"),

@@ -94,6 +94,28 @@ def test_no_file_names_a_patient_or_the_salt(tmp_path):
     main(PrepareArguments(str(directory), "images", group_column="patient_id", group_salt="other/my_salt", **table))
 
 
+@pytest.mark.parametrize("source", ["images", "llava", "captions"])
+def test_ids_and_links_that_name_a_patient_are_hashed(tmp_path, source):
+    for number in range(6):
+        save(tmp_path / f"P{number // 2}0017" / f"{number}.png", number)
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A scan."}]
+    rows = [
+        {"id": f"MILLER-{n // 2}X-1960_{n}", "link": f"MILLER-{n // 2}X-1960", "patient": f"Miller {n // 2}x 1960",
+         "image": f"P{n // 2}0017/{n}.png", "question": f"{n}?", "answer": "no", "caption": "A scan.",
+         "split": "train" if n < 4 or source == "captions" else "test", "conversations": turns}
+        for n in range(6)
+    ]  # fmt: skip
+    rows[0]["id"], rows[1]["id"] = "P00017-scan", "harmless"
+    table = write_table(tmp_path / "t.jsonl", rows)
+    directory, _ = prepare(tmp_path, source=source, data_path=str(table), group_column="patient")
+    written = b"".join(path.read_bytes() for path in directory.rglob("*.parquet"))
+    assert b"1960" not in written.replace(b"1960_0", b"") and b"P00017" not in written
+    if source != "images":
+        names = load_records(directory / "instruct", "train")["id"]
+        salt = GroupIds(tmp_path / "salt")
+        assert names[:3] == [f"id-{salt.of_key('P00017-scan')}", "harmless", f"id-{salt.of_key(rows[2]['id'])}"]
+
+
 def test_ids_of_two_runs_agree_if_their_salt_does(tmp_path):
     table = patients(tmp_path)
     one, two = (groups_of(prepare(tmp_path, name, group_column="patient_id", **table)[0]) for name in "ab")
