@@ -118,7 +118,7 @@ def test_a_file_without_records_is_refused(tmp_path, text):
 )
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_object_of_columns_or_of_lists_is_refused(tmp_path, content, indent):
-    if "Question" in content:
+    if "Question" in content and indent:
         content = {"a": content}
     with pytest.raises(UserError, match=r"is one object with the keys .* \(in pandas: orient='records'\)"):
         read(tmp_path, json.dumps(content, indent=indent))
@@ -126,6 +126,29 @@ def test_an_object_of_columns_or_of_lists_is_refused(tmp_path, content, indent):
 
 def test_a_single_record_is_read(tmp_path):
     assert read(tmp_path, json.dumps({"question": ["a"]})) == ([{"question": ["a"]}], [])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize("between", ["\n", "\r\n", ",\n", ""])
+def test_objects_of_several_lines_are_read_one_after_the_other(tmp_path, name, between):
+    """As `jq .` writes them."""
+    assert read(tmp_path, between.join(json.dumps(record, indent=2) for record in GOOD), name) == (GOOD, [])
+
+
+@pytest.mark.parametrize("prefix", ["", "  "])
+def test_a_broken_object_of_several_lines_costs_only_itself(tmp_path, prefix):
+    texts = [json.dumps(record, indent=2) for record in GOOD]
+    broken = '{\n  "question": 1,\n  "turns": [\n    {"a": 1},\n    {"b": }\n  ]\n}'
+    text = "\n".join([texts[0], broken, texts[1], broken, broken, *texts[2:]])
+    good, bad = read(tmp_path, "\n".join(prefix + line for line in text.split("\n")), "a.jsonl")
+    assert good == GOOD and [item.reason for item in bad] == ["malformed_json"] * 3
+
+
+def test_every_broken_line_is_counted(tmp_path):
+    lines = ['{"question": 1', "nonsense", '{"question": 2', "[1]", '{"question": 3}', '"x"']
+    good, bad = read(tmp_path, "\n".join(lines), "a.NDJSON")
+    assert good == [{"question": 3}]
+    assert [item.reason for item in bad] == ["malformed_json"] * 3 + ["not_an_object"] * 2
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -87,6 +87,64 @@ def test_rows_between_an_unclosed_and_a_stray_quote_stay(tmp_path, first, closin
     assert not any("\n" in row["answer"] for row in rows)
 
 
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {name: st.sampled_from(["yes", '5"', "a, b; c", "Findings:\n- a, b\n- c", 'ends "q"', "x\ty"])
+             for name in ("question", "answer", "note")}
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.permutations(["image", "question", "answer", "note"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    st.sampled_from(",;\t"),
+)  # fmt: skip
+def test_no_row_of_a_valid_table_is_lost(tmp_path_factory, cells, columns, quoting, delimiter):
+    """Cells of several lines may be on both sides of the image, and images may have any suffix."""
+    rows = [{"image": f"{n}{('.png', '.jpg', '.dcm')[n % 3]}", **row} for n, row in enumerate(cells)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, quoting=quoting, delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    path = tmp_path_factory.mktemp("valid") / "t.csv"
+    path.write_text(text.getvalue(), newline="")
+    assert read(path)[:2] == (rows, [])
+
+
+def test_rows_are_found_in_a_cell_whatever_the_suffixes_of_their_images(tmp_path):
+    (tmp_path / "t.csv").write_text('image,question,answer\n0.png,"Q0?,yes\n1.jpg,Q1?",x\n2.dcm,Q2?,y\n')
+    rows, rejected, _ = read(tmp_path / "t.csv")
+    assert [row["image"] for row in rows] == ["2.dcm"]
+    assert [item.id for item in rejected] == ["t.csv#line 2", "t.csv#line 3"]
+
+
+@pytest.mark.parametrize("line", ['1.png","Q1?","b"', '"1.png",Q1?","b"', '"1.png","Q1?",b"'])
+def test_a_line_without_an_opening_quote_is_rejected(tmp_path, line):
+    (tmp_path / "t.csv").write_text(f'"image","question","answer"\n"0.png","Q0?","a"\n{line}\n"2.png","Q2?","c"\n')
+    rows, rejected, _ = read(tmp_path / "t.csv")
+    assert [row["image"] for row in rows] == ["0.png", "2.png"]
+    assert [(item.id, item.reason) for item in rejected] == [("t.csv#line 3", "bad_quotes")]
+
+
+def test_inches_are_text(tmp_path):
+    (tmp_path / "t.csv").write_text('image,question,answer\n0.png,5" nail?,7"\n')
+    assert read(tmp_path / "t.csv")[:2] == ([{"image": "0.png", "question": '5" nail?', "answer": '7"'}], [])
+
+
+def test_no_line_of_a_table_is_quoted_in_what_is_rejected(tmp_path):
+    """The line may name a patient."""
+    (tmp_path / "t.csv").write_text('patient,image,answer\nMILLER,0.png,"a\nMILLER,1.png,b,c\n')
+    (tmp_path / "t.jsonl").write_text('{"image": "0.png", "patient": "MILLER"\n"MILLER"\n["MILLER"]\n')
+    for name, reasons in [
+        ("t.csv", ["bad_quotes", "malformed_row"]),
+        ("t.jsonl", ["malformed_json", "not_an_object", "not_an_object"]),
+    ]:
+        _, rejected, _ = read(tmp_path / name)
+        assert [item.reason for item in rejected] == reasons and "MILLER" not in str(rejected)
+
+
 def test_the_image_may_be_the_last_column(tmp_path):
     lines = ["question,answer,image", 'Q0?,"one, two\nthree, four",0.png', 'Q1?,"tree,1.png', 'Q2?,bud",2.png']
     (tmp_path / "t.csv").write_text("\n".join([*lines, "Q3?,yes,3.png"]))
@@ -130,6 +188,9 @@ def test_any_delimiter_is_recognized(tmp_path_factory, cells, delimiter, name, e
 WESTERN = (
     "Wo liegt die Läsion?;rechts; Größe 5 mm", "Où est la lésion?;à gauche, près du cœur", "¿Dónde está?;en el riñón",
     "Size?;5 µm ± 2 – “normal” at 37 °C", "Är det normalt?;nej, förstorat", "ÜBERSICHT?;ÖDEM RÜCKLÄUFIG",
+    "Onde está a lesão?;não há lesões, no coração", "C'è versamento?;sì, è più grande",
+    "Læsionen?;i højre lunge, øvre lap", "Onko nestettä?;kyllä, oikeassa", "Waar?;coördinatie, reëel",
+    "Dû à quoi?;sûrement là, côté gauche",
 )  # fmt: skip
 CHINESE = ("病变在哪里？;右上肺", "这是什么器官？;肝脏", "图像是否正常？;是", "这张图片是什么模态？;磁共振成像（MRI）")
 
@@ -162,6 +223,15 @@ def test_files_in_western_european_and_chinese_encodings_are_read(tmp_path, enco
         ("cp949", "정상인가요?,네"),
         ("big5", "病變在哪裡？,右上肺"),
         ("cp1253", "Πού είναι η βλάβη;,δεξιά"),
+        ("cp1250", "Je přítomen výpotek?,V pravé plíci je částečně zřetelné ložisko."),
+        ("cp1250", "Hol található az elváltozás?,A jobb tüdőben."),
+        ("cp1250", "Unde este leziunea?,În plămânul drept şi stâng"),
+        ("cp1250", "Gdje je lezija?,U desnom plućnom krilu, gornji režanj"),
+        ("cp1254", "Plevral sıvı var mı?,Sağ akciğer üst lobda."),
+        ("cp1257", "Ar yra skysčio?,Dešinėje, viršutinėje skiltyje."),
+        ("mac_roman", "Wo liegt die Läsion?,links größer als rechts"),
+        ("cp850", "Wo liegt die Läsion?,links größer als rechts"),
+        ("gbk", "部位,肺"),
     ],
 )
 def test_other_encodings_are_refused_instead_of_read_wrongly(tmp_path, encoding, text):
@@ -449,3 +519,21 @@ def test_captions_of_another_split_are_no_training_data(tmp_path):
     source = read_captions(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
     assert [conversation.split for conversation in source.conversations] == ["train", "validation"]
     assert [item.reason for item in source.rejected] == ["test_caption", "bad_split"] and not source.counts
+
+
+def test_a_table_whose_columns_of_questions_have_other_names_is_noted(tmp_path):
+    table = write_table(tmp_path / "t.csv", [{"image": "0.png", "Frage": "Q?", "": "0"}])
+    counts = read_table(SourceRequest(table, tmp_path)).counts
+    assert counts["columns_not_used"] == "frage" and counts["questions"].startswith("none")
+
+
+def test_rows_with_the_id_of_another_one_are_renamed_and_copies_rejected(tmp_path):
+    rows = [
+        {"id": "a", "image": f"{n}.png", "question": "Q?", "answer": "x", "caption": "A scan."} for n in (0, 1, 0, 2)
+    ]
+    for read_source in (read_table, read_captions):
+        source = read_source(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
+        assert [(record.id, record.images) for record in source] == [
+            ("a", ("0.png",)), ("a-2", ("1.png",)), ("a-3", ("2.png",)),
+        ]  # fmt: skip
+        assert [(item.id, item.reason) for item in source.rejected] == [("a", "duplicate_id")]

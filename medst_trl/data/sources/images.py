@@ -51,12 +51,11 @@ def read_folder(request: SourceRequest) -> Records:
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
     records = Records("images", request.data_path)
-    names = visible_files(request.data_path, follow_symlinks=request.follow_symlinks)
+    names = list(visible_files(request.data_path, follow_symlinks=request.follow_symlinks))
     records.conversations = [Conversation(name, (name,), []) for name in names]
     if not records.conversations:
         raise UserError(f"{request.data_path} holds no files. Correct the path to the images.")
-    tables = [name for name in names if name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet"))]
-    if tables:
+    if tables := [name for name in names if name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet"))]:
         advice = "to read a table, give it as data_path, and this directory as image_folder"
         records.counts["tables_not_read"] = f"{', '.join(tables[:3])} ({advice})"
     return records

@@ -152,3 +152,9 @@ def test_prepare_writes_instruct_data_from_captions(tmp_path):
     with pytest.raises(UserError, match="no column `image`"):
         other = write_table(tmp_path / "other.csv", [{"file": "a.png", "caption": "x"}])
         read_captions(SourceRequest(other, tmp_path))
+
+
+def test_tables_in_a_directory_of_images_are_noted(tmp_path):
+    for name in ("a.png", "Labels.CSV", "notes.txt"):
+        (tmp_path / name).touch()
+    assert read_folder(SourceRequest(tmp_path)).counts["tables_not_read"].startswith("Labels.CSV (to read a table,")

@@ -173,3 +173,16 @@ def test_real_conversations_are_read(shared_data, tmp_path):
     path = shared_data / "llava_med" / "llava_med_instruct_few_shot_examples.json"
     few_shot = read_llava(SourceRequest(path, tmp_path))
     assert len(few_shot.conversations) + len(few_shot.rejected) == 8
+
+
+def test_keys_may_have_their_usual_other_names(tmp_path):
+    talk = [human("x"), gpt("y")]
+    source = read(
+        tmp_path,
+        {"images": ["a.png", "b.png"], "conversations": talk},
+        {"Image": "c.png", "Conversations": talk, "image_path": "d.png"},
+        {"image": "e.png", "Image": "f.png", "conversations": talk},
+    )
+    assert [conversation.images for conversation in source.conversations] == [("a.png", "b.png"), ("c.png",)]
+    assert [item.reason for item in source.rejected] == ["repeated_column"]
+    assert source.counts == {"columns_not_used": "image_path"}

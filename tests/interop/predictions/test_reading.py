@@ -180,6 +180,22 @@ class TestVlmEvalKit:
         ]  # fmt: skip
         assert [row["reason"] for row in rejected] == ["no answer", "2 cells instead of 5"]
 
+    @pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+    def test_an_unclosed_quote_costs_only_its_line(self, tmp_path, suffix):
+        rows = [["index", "question", "answer", "prediction"], *([str(n), "Is it?", "no", f"x{n}"] for n in range(6))]
+        rows[2][3], rows[5][3] = '"x1', 'x4"'
+        path = tmp_path / f"p{suffix}"
+        path.write_text("\n".join(("\t" if suffix == ".tsv" else ",").join(row) for row in rows))
+        records, rejected = read_predictions(path)
+        assert [record["id"] for record in records] == ["0", "2", "3", "5"]
+        assert [(row["id"], row["reason"]) for row in rejected] == [
+            ("row 2", "unclosed quotes"), ("row 5", "unclosed quotes"),
+        ]  # fmt: skip
+
+    def test_tables_with_semicolons_are_read(self, tmp_path):
+        (tmp_path / "p.csv").write_text("Index;question;answer;prediction\n0;Is it?;no;yes\n")
+        assert read_predictions(tmp_path / "p.csv")[0][0]["prediction"] == "yes"
+
     def test_nan_in_json_is_a_missing_value(self, tmp_path):
         path = tmp_path / "p.json"
         rows = [f'{{"index": {n}, "question": "{q["question"]}", "answer": NaN, "prediction": "x"}}' for n, q in
