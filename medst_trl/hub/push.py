@@ -26,10 +26,7 @@ from .contents import Contents, fill_upload, find_contents, public_base
 
 
 # Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
-REPLACED = {
-    "dataset": ["*.parquet"],
-    "model": ["*.safetensors", "*.safetensors.index.json", TRAINING_IMAGES_FILE],
-}
+REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json", TRAINING_IMAGES_FILE]}
 
 
 @dataclass(frozen=True)

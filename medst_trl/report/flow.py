@@ -19,7 +19,7 @@ from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
-from .text import is_number, relative_path, sentence, words
+from .text import is_number, is_pair, relative_path, sentence, words
 
 
 KEPT = "kept"
@@ -173,8 +173,3 @@ def is_judgement(row: Mapping[str, Any]) -> bool:
     except (LookupError, TypeError, ValueError, AttributeError):
         return False
     return valid
-
-
-def is_pair(value: Any) -> bool:
-    """Whether a value is a list of two items."""
-    return isinstance(value, list) and len(value) == 2

@@ -15,7 +15,7 @@ from medst_trl.base.files import write_text
 from medst_trl.evaluation.contamination import CONTAMINATION_FILE, EXPLANATION, Contamination
 
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, is_pair, missing_stages, note_other_data, settings
+from .flow import Judging, data_flow, missing_stages, note_other_data, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
@@ -116,11 +116,10 @@ def make_report(
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
     rounds = [Round(run, number, judgings, gallery, image_size) for number in numbers]
     note_other_data(run)
+    missing = missing_stages(run)
     if not (comparisons or judgings):
-        waiting = [*(stage.name for stage in run.stages if stage.state != "complete"), *missing_stages(run)]
-        run.notes.append(
-            f"There are no scores and no judged pairs yet. Not finished or missing: {', '.join(waiting)}."
-        )
+        waiting = ", ".join([*(stage.name for stage in run.stages if stage.state != "complete"), *missing])
+        run.notes.append(f"There are no scores and no judged pairs yet. Not finished or missing: {waiting}.")
     page = {
         "title": title or run.directory.name,
         "run": run,
@@ -128,7 +127,7 @@ def make_report(
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "flow": data_flow(run, judgings),
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
-        "missing": missing_stages(run),
+        "missing": missing,
         "comparisons": comparisons,
         "contamination": [contamination_table(run, comparison) for comparison in comparisons],
         "contamination_explained": EXPLANATION,
@@ -140,9 +139,7 @@ def make_report(
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
     notes = [without_paths(note, run.directory) for note in run.notes]
-    templates = environment()
-    templates.tests["pair"] = is_pair
-    html = templates.get_template("report.html.jinja").render(page, notes=notes)
+    html = environment().get_template("report.html.jinja").render(page, notes=notes)
     return Report(html, "\n\n".join(comparison.terminal_table() for comparison in comparisons), run.notes)
 
 

@@ -39,6 +39,7 @@ Predictions of other projects are converted to our format and saved as `predicti
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,8 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
             record.finish(counts=counts)
     if rank() == 0:  # the others need not wait for it
         if not args.predictions:
-            _check_contamination(args)
+            with suppress(UserError):  # a finished evaluation whose benchmark cannot be downloaded any more
+                _check_contamination(args)
         if not record.is_silent:
             for path in (paths := [directory / SCORES_FILE for directory in _output_directories(args)]):
                 print(ScoresFile.read(path))
