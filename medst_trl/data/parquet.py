@@ -40,6 +40,20 @@ def is_parquet(path: Path) -> bool:
     return all(name.suffix in (".parquet", ".md") or name.stem.startswith("dataset_info") for name in names)
 
 
+def holds_images(path: Path) -> bool:
+    """Whether the rows of [`is_parquet`] data on this machine have images and not names of files, by their type."""
+    from pyarrow.parquet import read_schema
+    from pyarrow.types import is_list, is_string
+
+    if not path.exists() or not is_parquet(path):
+        return False
+    with readable_errors(path):
+        schema = read_schema(path if path.is_file() else next(path.rglob("*.parquet")))
+    kinds = dict(zip(column_names(schema.names, "image"), schema.types))
+    kind = kinds.get("image")
+    return kind is not None and not is_string(kind.value_type if is_list(kind) else kind)
+
+
 def read_parquet(name: str, request: SourceRequest, settings: ImageSettings) -> Records:
     """
     Read questions about images, and images without questions, see [`~medst_trl.data.sources.images.read_table`] for

@@ -6,7 +6,7 @@ import io
 import json
 
 import pytest
-from datasets import Dataset, List
+from datasets import Dataset, List, Value
 from datasets import Image as ImageColumn
 from fake_hub import client, serve_hub
 from PIL import Image
@@ -79,6 +79,24 @@ def test_a_copy_of_a_benchmark_is_prepared_by_its_source(tmp_path, source):
     )
     train = load_records(tmp_path / "out" / "instruct", "train")
     assert text_of(train[2]["messages"][3]["content"]) == "shade 2" and train[2]["images"][0].getpixel((0, 0)) == 2
+
+
+def test_a_finished_run_reads_no_images_to_say_so(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    hub_copy(copy)
+    write(tmp_path / "names.parquet", [{"image": "copy/a.png"}], lambda: Value("string"))
+    Image.new("L", (4, 4)).save(copy / "a.png")
+    prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
+    prepare(tmp_path / "named", "images", tmp_path / "names.parquet")
+    Image.new("L", (5, 4)).save(copy / "a.png")
+    with pytest.raises(UserError, match="image_folder"):  # files that a table names are compared
+        prepare(tmp_path / "named", "images", tmp_path / "names.parquet")
+    monkeypatch.setattr("medst_trl.data.parquet.read_parquet", None)
+    prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
+    assert "nothing to do" in capsys.readouterr().out
+    write(copy / "data" / "test-00000-of-00001.parquet", rows(5))
+    with pytest.raises(UserError, match="data_path"):
+        prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
 
 
 def test_each_image_is_read_once_however_many_questions_it_has(tmp_path):

@@ -261,16 +261,20 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the record compares by content: of directories, only the files that are read."""
     from medst_trl.data.image_index import FolderImages
+    from medst_trl.data.parquet import holds_images
 
     inputs = {"data_path": None, "image_folder": None}
     inputs |= {name: getattr(request.settings, name) for name in source.files}
     if not source.needs_data:
         return inputs
-    data_path, folder = request.data_path, read().image_folder or request.image_folder
+    data_path, folder, used = request.data_path, request.image_folder, []
+    if not (source.reads_parquet and holds_images(data_path)):  # reading those takes long
+        records = read()
+        folder = records.image_folder or folder
+        reader = records.images or FolderImages(folder, images)
+        used = [*reader.files(records.image_names)] if isinstance(reader, FolderImages) else []
     if not data_path.exists():  # on the Hub
         return inputs | {"data_path": data_path}
-    reader = read().images or FolderImages(folder, images)
-    used = [*reader.files(read().image_names)] if isinstance(reader, FolderImages) else []
     if not data_path.is_dir():
         return inputs | {"data_path": data_path, "image_folder": fingerprint(folder, used)}
     if source.data_files is None:
