@@ -85,8 +85,6 @@ def _read(header, settings: ImageSettings, index: int) -> Frame:
             values = apply_color_lut(values, header)
         if values.ndim == 3 and values.shape[2] == 3:
             return Frame(Image.fromarray((values >> (8 * (values.dtype.itemsize - 1))).astype(np.uint8)))
-        if values.ndim != 2 or not colors.startswith("MONOCHROME"):
-            raise ImageProblem("unsupported", f"{colors} of shape {values.shape}")
         gray, note = _gray(values, _attributes(header, index), _text(header, "Modality").upper(), settings)
     return Frame(Image.fromarray(gray), note=note)
 

@@ -10,7 +10,7 @@ from medst_trl.base.settings import check_bounds, documented
 
 
 _FRAMES = re.compile(r"middle|all|every:([1-9]\d*)")
-_WINDOW = re.compile(r"\s*(-?\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*")
+_WINDOW = re.compile(r"\s*(-?\d*\.?\d+)\s*,\s*(?=[\d.]*[1-9])(\d*\.?\d+)\s*|[1-9]\d*")
 
 
 @documented
@@ -50,9 +50,7 @@ class ImageSettings:
         check_bounds(self, at_least={"max_pixels": 1})
         if self.frames is not None and not _FRAMES.fullmatch(self.frames):
             raise UserError(f"Unknown frames {self.frames!r}. Choose middle, all, or every:N, for example every:10.")
-        low, high = self.shown_range or (0, 1)
-        is_number = self.window is None or re.fullmatch(r"[1-9]\d*", self.window)
-        if low >= high or not (self.shown_range or is_number):
+        if self.window is not None and not _WINDOW.fullmatch(self.window):
             raise UserError(
                 f"Invalid window {self.window!r}. Give CENTER,WIDTH, for example 40,400, or N for the N-th window of "
                 "each file."
@@ -67,12 +65,12 @@ class ImageSettings:
     @property
     def shown_range(self) -> tuple[float, float] | None:
         """The lowest and highest value of a `window` as CENTER,WIDTH."""
-        if not (match := _WINDOW.fullmatch(self.window or "")):
+        if not self.window or "," not in self.window:
             return None
-        center, width = map(float, match.groups())
+        center, width = map(float, self.window.split(","))
         return center - width / 2, center + width / 2
 
     @property
     def window_index(self) -> int:
         """Which of a file's windows to use, from 0."""
-        return int(self.window) - 1 if self.window and self.window.isdecimal() else 0
+        return int(self.window) - 1 if self.window and "," not in self.window else 0

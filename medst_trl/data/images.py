@@ -1,7 +1,8 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Read image files: the bytes to store, the `image_id`, or the reason why a file cannot be used.
+Read images, by the path of a file or by their name in a source: the bytes to store, the `image_id`, or the reason why
+one cannot be used.
 
 Images keep every pixel and lose everything else. An 8-bit gray or RGB JPEG or PNG keeps its own compressed bytes
 without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`, `dicom.py` and `nifti.py`).
@@ -10,19 +11,22 @@ without metadata; any other image becomes an 8-bit PNG (see `image_formats.py`, 
 import hashlib
 import io
 import os
+import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePath
+from threading import Lock
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import did_you_mean
 
 from .cells import DICOM_SUFFIXES
 from .dicom import open_dicom
@@ -40,8 +44,10 @@ from .image_settings import ImageSettings
 from .near_copies import perceptual_hash
 from .nifti import is_nifti, open_nifti
 from .schema import bytes_of
+from .source import ImageReader
 
 
+_FRAME = re.compile(r"#(\d{1,9})$")
 _ANY_SIZE = ImageSettings(max_pixels=sys.maxsize)
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
@@ -127,7 +133,7 @@ def load_image(
 
     Args:
         path (`str`, `os.PathLike` or `bytes`):
-            The file, or its content. Paths from data files go through `resolve_inside` (`image_index.py`) first.
+            The file, or its content. Paths from data files go through [`resolve_inside`] first.
         settings ([`ImageSettings`], *optional*):
             How to read it. Images of more than `max_pixels` are rejected by their header, before anything is decoded.
             PIL's own limit (`Image.MAX_IMAGE_PIXELS`) applies as well.
@@ -256,3 +262,115 @@ def _formats() -> list[str]:
     Image.init()
     frequent = ["JPEG", "PNG"]  # PIL tries them in this order
     return frequent + [name for name in Image.ID if name not in _NOT_READ and name not in frequent]
+
+
+# --- Images by name --------------------------------------------------------------------------------------------------
+
+
+def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: bool = False) -> Path:
+    """
+    Find the file that `name` (from a data file) means. It must be in `directory` after all `..` and symbolic links;
+    with `follow_symlinks`, after all `..`.
+
+    Raises:
+        ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
+    """
+    root = os.path.realpath(directory)
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except (OSError, ValueError):  # too long, a zero byte
+        raise ImageProblem("missing", "no such file name") from None
+    if path.startswith(os.path.join(root, "")):
+        return Path(path)
+    named = os.path.normpath(os.path.join(root, name))
+    if not named.startswith(os.path.join(root, "")):
+        raise ImageProblem("outside_image_folder")
+    if not follow_symlinks:
+        raise ImageProblem("outside_image_folder", "by a symbolic link; --follow_symlinks true follows it")
+    return Path(named)  # not where the link leads: the files of a Hub snapshot lose their suffixes there
+
+
+class FolderImages:
+    """
+    Image files in one directory, which no name may leave. Raises [`ImageProblem`] for images that cannot be used.
+
+    `scan.dcm#3` is the third frame of `scan.dcm`, unless a file has this name.
+
+    Args:
+        directory (`pathlib.Path`): Where all names start.
+        settings ([`ImageSettings`], *optional*): How to read them.
+    """
+
+    def __init__(self, directory: Path, settings: ImageSettings = ImageSettings()):  # noqa: B008 (frozen)
+        self.directory, self.settings = directory, settings
+        self._lock = Lock()  # one thread opens a file of several frames, for all threads
+        self._open_once = lru_cache(maxsize=2)(open_image)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a directory that has none of the images, if another one near it has some of the first few."""
+
+        def has_any(directory: Path, names: Sequence[str]) -> bool:
+            return any(os.path.isfile(os.path.join(directory, _FRAME.sub("", name))) for name in names)
+
+        is_wrong = names and not has_any(self.directory, names)
+        if is_wrong and (near := did_you_mean(self.directory, lambda other: has_any(other, names[:10]))):
+            raise UserError(
+                f"image_folder {self.directory} has none of the images, for example {names[0]!r}.{near} "
+                "Correct image_folder."
+            )
+
+    def find(self, name: str) -> tuple[Path, int | None]:
+        """Return the file that a name means, and the number of the frame if it has one."""
+        path = resolve_inside(self.directory, name, self.settings.follow_symlinks)
+        if (match := _FRAME.search(name)) and not os.path.lexists(path):
+            return self.find(name[: match.start()])[0], int(match[1])
+        return path, None
+
+    def files(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield the path of each named file, relative to the directory. Names outside it are skipped."""
+        root = os.path.realpath(self.directory)
+        for name in dict.fromkeys(names):
+            with suppress(ImageProblem, ValueError):
+                yield self.find(name)[0].relative_to(root).as_posix()
+
+    def frames_of(self, name: str) -> list[str]:
+        """Return the names of the frames of a file that are used; its own if there is only one, or a problem."""
+        with suppress(ImageProblem):
+            path, frame = self.find(name)
+            count = open_image(path, self.settings).count if frame is None else 1
+            if count > 1:
+                return [f"{name}#{index + 1}" for index in range(0, count, self.settings.frame_step or 1)]
+        return [name]
+
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        """Read an image. See [`load_image`]."""
+        path, frame = self.find(name)
+        if frame is None:
+            opened = open_image(path, self.settings)
+        else:
+            with self._lock:
+                opened = self._open_once(path, self.settings)
+        opened.groups["file"] = os.path.relpath(path, os.path.realpath(self.directory))
+        return load_frame(opened, self.settings, frame, identify)
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images in memory, by name."""
+
+    images: Mapping[str, Image.Image]
+
+    def load(self, name: str, identify: bool = True) -> StoredImage:
+        return store_image(self.images[name])
+
+
+def loader_of(reader: ImageReader) -> Callable[..., StoredImage]:
+    """Return the method `load` of a reader; readers written for version 0.1.0 have `image_id` and `stored_bytes`."""
+
+    ids_of = identify  # `load` has a parameter of this name
+
+    def load(name: str, identify: bool = True) -> StoredImage:
+        image_id, data = reader.image_id(name) if identify else "", reader.stored_bytes(name)
+        return StoredImage(data, image_id, near_hash=ids_of(data)[1] if identify else None)
+
+    return getattr(reader, "load", load)

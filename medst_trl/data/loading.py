@@ -168,7 +168,7 @@ def _json_row(
 
 def _image_file(image: Any, directory: Path) -> dict[str, Any]:
     from .image_formats import ImageProblem
-    from .image_index import resolve_inside
+    from .images import resolve_inside
 
     name = image.get("path") if isinstance(image, dict) else image
     path = resolve_inside(directory, name)

@@ -17,9 +17,8 @@ from medst_trl.base.hub_ids import split_revision
 
 from .cells import column_names
 from .image_formats import ImageProblem
-from .image_index import FolderImages
 from .image_settings import ImageSettings
-from .images import StoredImage, load_image
+from .images import FolderImages, StoredImage, load_image
 from .loading import readable_errors, split_named_by
 from .reading import check_header
 from .schema import with_stored_images

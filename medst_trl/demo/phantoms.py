@@ -26,8 +26,7 @@ import numpy as np
 from PIL import Image
 
 from medst_trl.base.settings import documented
-from medst_trl.data.image_index import MemoryImages
-from medst_trl.data.images import image_id
+from medst_trl.data.images import MemoryImages, image_id
 from medst_trl.data.schema import dialogue
 from medst_trl.data.source import SOURCES, Conversation, Question, Records, Source, SourceCard, SourceRequest
 

@@ -22,8 +22,8 @@ from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
 from medst_trl.data.cells import BadRecord, published_id
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import FolderImages
 from medst_trl.data.image_settings import ImageSettings
+from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_records
 from medst_trl.data.schema import check_columns, features_of, text_of, with_stored_images, write_split
 from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import FolderImages, choose_frames
+from medst_trl.data.image_index import choose_frames
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import load_image, open_image
+from medst_trl.data.images import FolderImages, load_image, open_image
 from medst_trl.data.schema import dialogue
 from medst_trl.data.source import Conversation, Question, Records
 
@@ -114,7 +114,7 @@ def test_names_of_frames(tmp_path):
 
 def test_a_file_is_opened_once_for_all_its_frames_by_any_number_of_threads(tmp_path, monkeypatch):
     from medst_trl.base.processes import ordered_map
-    from medst_trl.data import image_index as module
+    from medst_trl.data import images as module
 
     expected = [save_frames(tmp_path / f"{name}.tif", 12)[number] for name in "ab" for number in range(12)]
     opened, open_once = [], module.open_image

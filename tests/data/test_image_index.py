@@ -9,9 +9,9 @@ from PIL import Image
 from medst_trl.base.errors import UserError
 from medst_trl.data.groups import GroupIds
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import FolderImages, MemoryImages, index_images
+from medst_trl.data.image_index import index_images
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import StoredImage
+from medst_trl.data.images import FolderImages, MemoryImages, StoredImage
 
 
 @dataclass

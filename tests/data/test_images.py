@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import resolve_inside
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import image_id, load_image, publishable, store_image
+from medst_trl.data.images import image_id, load_image, publishable, resolve_inside, store_image
 
 
 MARKER = b"PATIENT-DOE-1970"

@@ -14,9 +14,8 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import ImageProblem
-from medst_trl.data.image_index import FolderImages
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import load_image, open_image
+from medst_trl.data.images import FolderImages, load_image, open_image
 
 
 nibabel = pytest.importorskip("nibabel")

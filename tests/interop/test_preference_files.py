@@ -9,8 +9,7 @@ from PIL import Image
 from random_images import random_image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.image_index import FolderImages
-from medst_trl.data.images import image_id
+from medst_trl.data.images import FolderImages, image_id
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import check_columns
 from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences

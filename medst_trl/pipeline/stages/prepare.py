@@ -135,7 +135,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
-    from medst_trl.data.image_index import INDEX_FILE, FolderImages, choose_frames, index_images
+    from medst_trl.data.image_index import INDEX_FILE, choose_frames, index_images
+    from medst_trl.data.images import FolderImages
 
     check(args, *others)
     images = settings_among(others, ImageSettings)
@@ -260,7 +261,7 @@ def _inputs(
     source: Source, request: SourceRequest, images: ImageSettings, read: Callable[[], Records]
 ) -> dict[str, Any]:
     """What the record compares by content: of directories, only the files that are read."""
-    from medst_trl.data.image_index import FolderImages
+    from medst_trl.data.images import FolderImages
     from medst_trl.data.parquet import holds_images
 
     inputs = {"data_path": None, "image_folder": None}
@@ -298,7 +299,7 @@ def _set_limits_of_pil(max_pixels: int) -> None:
 
 def _write(datasets: dict, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
-    from medst_trl.data.image_index import loader_of
+    from medst_trl.data.images import loader_of
 
     load = loader_of(reader)
 
