@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from medst_trl.data.image_index import MemoryImages
+from medst_trl.data.images import MemoryImages
 from medst_trl.data.schema import image_part, message, text_part
 from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard
 

@@ -19,7 +19,7 @@ from medst_trl.report.report import make_report
 PLUGIN = """
 from PIL import Image
 
-from medst_trl.data.image_index import MemoryImages
+from medst_trl.data.images import MemoryImages
 from medst_trl.data.schema import image_part, message, text_part
 from medst_trl.data.source import SOURCES, Conversation, Records, Source, SourceCard
 from medst_trl.evaluation.metric import METRICS, Figure, Metric
