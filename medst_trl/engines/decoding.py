@@ -162,8 +162,8 @@ def _settings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 
 class StopStrings:
     """
-    Stopping criterion of `generate` that ends a text at a string in it. transformers' own also looks for the string at
-    the end of the prompt.
+    Stopping criterion of `generate` that ends a text at a string in it. transformers' own also ends it at a string
+    that begins in the prompt.
 
     Args:
         strings (`list[str]`, *optional*):
@@ -180,7 +180,9 @@ class StopStrings:
     def __call__(self, input_ids: "torch.LongTensor", scores: Any = None, **kwargs: Any) -> "torch.BoolTensor":
         if not self.strings:
             return input_ids.new_zeros(len(input_ids), dtype=bool)
-        return input_ids.new_tensor(self.found_in(input_ids[:, self.prompt_length :]), dtype=bool)
+        # Only the end is new. A character is at most 4 tokens, and special tokens may be between them.
+        start = max(self.prompt_length, input_ids.shape[1] - 4 * max(map(len, self.strings)) - 16)
+        return input_ids.new_tensor(self.found_in(input_ids[:, start:]), dtype=bool)
 
     def found_in(self, tokens: "torch.LongTensor") -> list[bool]:
         """Return for each text whether it has one of the strings, which may be a special token."""
@@ -289,7 +291,8 @@ def generate_dropping_finished(
         output = model.generate(**inputs, **settings, max_new_tokens=steps)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         tokens[left, done : done + new.shape[1]] = new
-        rows = (~torch.isin(new, ends).any(1) & ~stops(output.sequences)).nonzero()[:, 0]
+        stopped = ids.new_tensor(stops.found_in(output.sequences[:, stops.prompt_length :]), dtype=bool)
+        rows = (~torch.isin(new, ends).any(1) & ~stopped).nonzero()[:, 0]
         if done + steps == max_new_tokens or not len(rows):
             break
         left = left[rows]

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from family_models import MODELS, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_images import random_image
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
@@ -294,6 +294,22 @@ def test_a_streamed_text_ends_before_a_stop_string(pieces, strings):
     assert "" not in shown
     if not strings:
         assert shown == [piece for piece in pieces if piece]
+
+
+@given(st.lists(st.sampled_from(["lung", " the", "\u00e4", "\u2665", ".", " 4 mm", "\n"]), max_size=60), st.data())
+@settings(deadline=None)
+def test_a_stop_string_is_found_in_the_step_that_completes_it(words, data):
+    """However long the text before it is, of which only the end is decoded."""
+    _, processor = tiny_model("vicuna")
+    ids = processor.tokenizer("A prompt with a lung.\n" + "".join(words), return_tensors="pt")["input_ids"]
+    text = processor.tokenizer.decode(ids[0, 5:], skip_special_tokens=True)
+    start = data.draw(st.integers(0, max(0, len(text) - 1)))
+    string = text[start : start + data.draw(st.integers(1, 5))] or "?"
+    stops = StopStrings([string], processor.tokenizer, prompt_length=5)
+    ends = range(6, ids.shape[1] + 1)
+    texts = [processor.tokenizer.decode(ids[0, 5:end], skip_special_tokens=True) for end in ends]
+    expected = next((end for end, text in zip(ends, texts) if string in text), None)
+    assert next((end for end in ends if stops(ids[:, :end]).all()), None) == expected
 
 
 def test_a_stop_string_in_the_prompt_ends_nothing(monkeypatch):

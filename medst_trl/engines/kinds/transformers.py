@@ -118,23 +118,19 @@ class TransformersEngine(BatchEngine):
             UserError: if not even one text fits into memory, or the model's scores are not numbers.
         """
         reasons = {place: why for place, prompt in enumerate(prompts) if (why := _refusal(prompt))}
-        refused = {place: Reply(why, problem=EXTREME_ASPECT_RATIO) for place, why in reasons.items()}
-        written = iter(self._write([prompt for place, prompt in enumerate(prompts) if place not in refused], sampling))
-        return [refused.get(place) or next(written) for place in range(len(prompts))]
-
-    def _write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
-        """[`TransformersEngine.write`] for prompts with images that the model takes."""
-        if not prompts:
-            return []
+        replies = {place: Reply(why, problem=EXTREME_ASPECT_RATIO) for place, why in reasons.items()}
+        taken = {place: prompt for place, prompt in enumerate(prompts) if place not in replies}
+        if not taken:
+            return list(replies.values())
         if self._images is None:
-            images = map(self._length_by_size, prompts)
+            images = map(self._length_by_size, taken.values())
         else:
-            self._encode(image for image in _images_of(prompts) if image not in self._images.tokens)
-            images = (sum(self._images.tokens[image] for image in prompt.images) for prompt in prompts)
-        lengths = self._lengths(map(_text_of, prompts), images)
+            self._encode(image for image in _images_of(taken.values()) if image not in self._images.tokens)
+            images = (sum(self._images.tokens[image] for image in prompt.images) for prompt in taken.values())
+        lengths = dict(zip(taken, self._lengths(map(_text_of, taken.values()), images)))
         groups = _groups(prompts)
         # The largest batch first, and equal prompts together.
-        order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], groups[place], place))
+        order = sorted(taken, key=lambda place: (-lengths[place], groups[place], place))
 
         def size_at(start: int) -> int:
             size = self._most["text"]
@@ -149,7 +145,7 @@ class TransformersEngine(BatchEngine):
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)
 
         texts = chain.from_iterable(self._in_batches(order, size_at, write_batch, "text"))
-        replies = {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
+        replies |= {place: Reply(*text) for place, text in zip(order, texts, strict=True)}
         return [replies[place] for place in range(len(prompts))]
 
     def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
@@ -264,7 +260,7 @@ def _text_of(prompt: Prompt) -> str:
     return " ".join(text_of(message["content"]) for message in prompt.messages)
 
 
-def _images_of(prompts: Sequence[Prompt]) -> dict[OpenedImage, None]:
+def _images_of(prompts: Iterable[Prompt]) -> dict[OpenedImage, None]:
     """Return each image once, in order."""
     return dict.fromkeys(image for prompt in prompts for image in prompt.images)
 
