@@ -50,7 +50,7 @@ class Client:
         budget (`Budget`, *optional*):
             What may be spent. By default there is no limit.
         offline (`bool`, *optional*, defaults to `False`):
-            Make no calls: what the cache lacks is counted in `missing`.
+            Make no calls: the outcome of what the cache lacks is `request_failed`.
         advice (`Mapping[str, str]`, *optional*):
             Messages that replace [`NEXT_STEPS`]. Refusals of single calls (`"content_filter"`, `"bad_request"` ...)
             stop the run only if they have one and every call meets them.
@@ -61,7 +61,6 @@ class Client:
 
     Attributes:
         events (`Counter`): Calls, and their problems.
-        missing (`int`): Number of calls that were not made because of `offline`.
         stop_error (`UserError` or `None`): Why the run has to stop.
     """
 
@@ -82,7 +81,6 @@ class Client:
         self.cache, self.budget = self.cache or ReplyCache(), self.budget or Budget()
         self.limit = AdaptiveLimit(self.settings.concurrency, self._sleep)
         self.events: Counter[str] = Counter()
-        self.missing = 0
         self.stop_error: UserError | None = None
         self._stopping = asyncio.Event()  # no further call is made
         self._is_stopping = self._stopping.is_set
@@ -208,7 +206,6 @@ class Client:
                     self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
                 return Outcome(None, "unparsable", attempts, cached)
             if self.offline:
-                self.missing += 1
                 return Outcome(None, "request_failed", attempts, cached, "no result")
             cached = False
             try:
@@ -282,7 +279,7 @@ class Client:
             row = await self._send(call, body)
             tokens = row = row if row["usage"] else row | at_most
         except CallError as error:
-            if error.is_pushback:
+            if error.kind in ("rate_limit", "timeout") or error.status in (503, 529):  # it could not keep up
                 self.limit.pushed_back(error.retry_after)
             lost, tokens = error.kind, {"usage": error.usage} if error.usage else at_most if error.charged else {}
             raise

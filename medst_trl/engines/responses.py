@@ -85,11 +85,6 @@ class CallError(Exception):
         return "stop" if self.kind in STOPS else "drop" if self.kind in DROPS else "retry"
 
     @property
-    def is_pushback(self) -> bool:
-        """Whether the server could not keep up, so that fewer concurrent calls may be better."""
-        return self.kind in ("rate_limit", "timeout") or self.status in (503, 529)
-
-    @property
     def reason(self) -> str:
         """The reason as judgements record it."""
         return self.kind if self.kind in ("content_filter", "image_refused", "unparsable") else "request_failed"
@@ -102,7 +97,7 @@ def error_of(error: Exception, secret: str | None = None) -> CallError:
     if isinstance(error, openai.APITimeoutError):
         return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {"message": _without_html(_text_of(error))}
+        body = error.body if isinstance(error.body, dict) else {"message": _without_html(str(error.body or ""))}
         return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
@@ -150,15 +145,6 @@ def _kind_of(status: int, code: str, message: str) -> str:
     if "context_length" in code or _TOO_LONG.search(message):  # such messages often count the images' tokens, too
         return "bad_request"
     return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
-
-
-def _text_of(error: Any) -> str:
-    """Return the error's text if the client found one in the response, else the whole response."""
-    if isinstance(error.body, str) and error.body:
-        return error.body
-    with suppress(Exception):  # a stream that has not been read
-        return error.response.text
-    return ""
 
 
 def _without_html(text: str) -> str:

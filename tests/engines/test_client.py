@@ -405,9 +405,9 @@ def test_the_reservation_includes_the_reminder():
     assert answer.reading and budget.spent > 2 * 0.15 + 2.0
 
 
-def test_offline_counts_missing_replies():
-    client, [answer], sent = ask([completion()], offline=True)
-    assert client.missing == 1 and answer.reading is None and sent == []
+def test_offline_a_missing_reply_is_a_failed_request():
+    _, [answer], sent = ask([completion()], offline=True)
+    assert answer.reason == "request_failed" and answer.reading is None and sent == []
 
 
 @pytest.mark.parametrize("value", ["", "  "])

@@ -354,11 +354,11 @@ class Parts:
                 f"{name} {list(shape)}" for name, shape in expected.items() if name not in self.weights
             ],
             "have no place in the model": [str(part) for name, part in placed if name not in expected]
-            + [str(tensor) for tensor in self.unused],
+            + list(map(str, self.unused)),
             "are of another shape": [
                 f"{part}, expected {list(expected[name])}"
                 for name, part in placed
-                if name in expected and part.shape != expected[name]
+                if part.shape != expected.get(name, part.shape)
             ],
             "are not plain floating-point numbers": [f"{part}: {part.problem}" for part in tensors if part.problem],
         }
