@@ -97,7 +97,8 @@ def error_of(error: Exception, secret: str | None = None) -> CallError:
     if isinstance(error, openai.APITimeoutError):
         return CallError("timeout", "no answer in time", charged=True)
     if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {"message": _without_html(str(error.body or ""))}
+        text = error.body if error.body and isinstance(error.body, str) else error.response.text
+        body = error.body if isinstance(error.body, dict) else {"message": _without_html(text)}
         return error_of_status(error.status_code, body, error.response.headers, secret)
     cause = error.__cause__ or error
     # If data had begun to flow, or the request was out, the server may have done its work.
