@@ -32,7 +32,7 @@ _NOT_TEXT = {
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
     b"PK\x03\x04": "is a zip archive, or an Excel workbook: name it .xlsx, or save the sheet as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "is an Excel workbook of an old version: save it as .xlsx or CSV UTF-8",
-    b"PAR1": "is a Parquet file: name it .parquet",
+    b"PAR1": "is a Parquet file: name it .parquet for the source images, or save it as CSV UTF-8",
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
