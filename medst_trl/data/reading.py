@@ -173,7 +173,7 @@ def _values(text: str, at: int, key: str | None) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:
             item = Rejected("", "malformed_json", str(error))  # where, but no text: it may name a patient
             if key:  # the next record has it; a part of the broken record, such as one of its turns, does not
-                at = next((start for start, found in json_objects(text, at + 1) if key in found), len(text))
+                at = _next_record(text, at, key)
             else:  # lines inside the broken record are indented, or close it
                 indent = at - text.rfind("\n", 0, at) - 1
                 line = re.compile(rf"[\r\n]\s{{0,{indent}}}(?=[^\s}}\]])").search(text, at)
@@ -181,16 +181,15 @@ def _values(text: str, at: int, key: str | None) -> Iterator[Any]:
         yield item
 
 
-def json_objects(text: str, at: int = 0) -> Iterator[tuple[int, dict]]:
-    """Yield the JSON objects in a text from a position on, and where each starts. Text that is not JSON is skipped."""
-    while (at := text.find("{", at)) >= 0:
-        try:
-            item, end = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            at += 1
-        else:
-            yield at, item
-            at = end
+def _next_record(text: str, at: int, key: str) -> int:
+    """Return where the next object behind a position begins that parses and has a key, or the end of the text."""
+    while (at := text.find("{", at + 1)) >= 0:
+        with suppress(ValueError, RecursionError):
+            record, end = _DECODER.raw_decode(text, at)
+            if key in column_names(record, key):
+                return at
+            at = end - 1
+    return len(text)
 
 
 def read_json_rows(path: Path, key: str, notes: dict | None = None) -> Iterator[tuple[int, dict | Rejected]]:
