@@ -75,7 +75,7 @@ PREDICTION_FORMATS: Registry[PredictionFormat] = Registry(
 
 def read_predictions(
     path: str | os.PathLike, format: str | None = None, *, benchmark: Benchmark | None = None, split: str = "test"
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     Read a predictions file; rows that cannot be scored are rejected.
 
@@ -127,7 +127,7 @@ def read_predictions(
             if record.get("id") in seen:
                 raise BadRecord("repeated id", record["id"])
         except BadRecord as error:
-            rejected.append(Rejected(str(key), error.reason, str(error.value)).as_row())
+            rejected.append(Rejected(str(key), error.reason, error.value).as_row())
         else:
             records.append(record)
             seen.add(key)

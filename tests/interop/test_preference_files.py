@@ -174,3 +174,11 @@ def test_pairs_of_mmedpo_are_unchanged_by_a_round_trip(tmp_path, shared_data):
     assert len(list((tmp_path / "images").iterdir())) == len(
         {image for pair in file.pairs for image in pair["image_ids"]}
     )
+
+
+def test_pairs_that_share_an_id_are_renamed_and_copies_rejected(tmp_path, images):
+    """As in MMedPO's files, which were merged from several sources."""
+    records = [record("1", "mmedpo", question=f"<image>\nWhat {n}?") for n in (0, 1, 0, 2)]
+    file = read(tmp_path, records, images)
+    assert [pair["id"] for pair in file.pairs] == ["1", "1-2", "1-3"]
+    assert [(item.id, item.reason) for item in file.rejected] == [("1", "duplicate_id")]
