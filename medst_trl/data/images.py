@@ -276,6 +276,8 @@ def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: boo
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
     """
     root = os.path.realpath(directory)
+    if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+        name = name.replace("\\", "/")  # a table from Windows
     try:
         path = os.path.realpath(os.path.join(root, name))
     except (OSError, ValueError):  # too long, a zero byte
