@@ -7,7 +7,7 @@ import re
 from ast import literal_eval
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,6 +38,7 @@ class BadRecord(ValueError):
         self.reason, self.value = reason, value
 
 
+@lru_cache(maxsize=10_000)
 def column_name(name: Any) -> str:
     """Return the name of a column without surrounding blanks, in lower case and with `_` inside: `answer_type`."""
     return re.sub(r"[\s_-]+", "_", str(name).strip().casefold())
