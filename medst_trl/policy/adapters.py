@@ -175,18 +175,21 @@ def retie_lm_head(model: PeftModel) -> None:
         head.bias = getattr(head.original_module, "bias", None)
 
 
-def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None:
+def read_adapter_config(adapter: str, revision: str | None, local_files_only: bool = False) -> PeftConfig | None:
     """
-    Read the configuration of an adapter; `None` for a model without one.
+    Read the configuration of an adapter; `None` for a model without one, or one that is not here with
+    `local_files_only`.
 
     Raises:
         UserError: if the model is neither here nor on a Hub that answers, or if the configuration is damaged, not of
             LoRA, or a training output of the original code.
     """
-    check_reachable(adapter)
+    if not local_files_only:
+        check_reachable(adapter)
     may_lack = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    hub = {"revision": revision, "local_files_only": local_files_only}
     try:
-        found = cached_file(adapter, "adapter_config.json", revision=revision, **may_lack)
+        found = cached_file(adapter, "adapter_config.json", **hub, **may_lack)
     except OSError as error:
         raise UserError(f"{adapter!r} is neither a directory nor a model on the Hub: {error}") from error
     if found is None:
@@ -197,7 +200,7 @@ def read_adapter_config(adapter: str, revision: str | None) -> PeftConfig | None
             f"{adapter} --base BASE --output_dir DIRECTORY, and use that directory."
         )
     try:
-        config = PeftConfig.from_pretrained(adapter, revision=revision)
+        config = PeftConfig.from_pretrained(adapter, **hub)
     except LOADING_ERRORS as error:
         raise UserError(
             f"adapter_config.json of the adapter {adapter!r} cannot be read ({type(error).__name__}: {error}). Copy "

@@ -114,9 +114,21 @@ def load_processor(
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
     base, base_kwargs, adapter = model_name_or_path, kwargs, read_adapter_config(model_name_or_path, revision)
     if adapter is not None:
-        base, base_revision = _base_named_by(model_name_or_path, adapter, base_model_name_or_path)
-        base_kwargs = kwargs | {"revision": base_revision}
-    config = _read_config(base, base_kwargs)
+        base, base_revision = split_revision(base_model_name_or_path or adapter.base_model_name_or_path or "")
+        if not base:
+            raise UserError(f"The adapter {model_name_or_path!r} names no base model. Pass base_model_name_or_path.")
+        base_kwargs = kwargs | {"revision": base_revision or (None if base_model_name_or_path else adapter.revision)}
+    try:
+        if adapter is not None:
+            check_reachable(base)
+        config = read_config(base, **base_kwargs)
+    except UserError as error:
+        if adapter is None:
+            raise
+        raise UserError(
+            f"The base model of the adapter {model_name_or_path!r} cannot be used (pass base_model_name_or_path if it "
+            f"has moved): {error}"
+        ) from error
     files = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     own = [find_model_file(model_name_or_path, file, revision, local_files_only=False) for file in files]
     if adapter is None or (own[0] and any(own[1:])):
@@ -125,41 +137,42 @@ def load_processor(
         source, processor = base, _load_processor(base, base_kwargs)
         if own[0]:  # other tools save an adapter with a tokenizer alone
             processor.tokenizer = _load_processor(model_name_or_path, kwargs, AutoTokenizer)
-    if config is not None:
-        fit_processor(processor, config, source)
+    fit_processor(processor, config, source)
     return processor, base, base_kwargs, adapter
 
 
-def _base_named_by(adapter: str, config: PeftConfig, given: str | None) -> tuple[str, str | None]:
-    """Return name and revision of an adapter's base."""
-    named = given or config.base_model_name_or_path
-    if not named:
-        raise UserError(f"The adapter {adapter!r} names no base model. Pass base_model_name_or_path.")
-    base, revision = split_revision(named)
-    try:
-        check_reachable(base)
-    except UserError as error:
-        raise UserError(
-            f"The base model of the adapter {adapter!r} was not found (pass base_model_name_or_path if it has moved): "
-            f"{error}"
-        ) from error
-    return base, revision or (None if given else config.revision)
+def read_config(name_or_path: str, *, trust_remote_code: bool, **hub: Any) -> PreTrainedConfig:
+    """
+    Read the configuration of a model, and check that it can be trained as a policy.
 
+    Args:
+        name_or_path (`str`):
+            Directory or Hub id.
+        trust_remote_code (`bool`):
+            Whether code from the model's repository may run.
+        **hub:
+            `revision` and `local_files_only` of `from_pretrained`.
 
-def _read_config(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
-    """Read the configuration of a model and call [`check_family`], if it can be read."""
+    Raises:
+        UserError: if it cannot be read, is in the original layout, or as [`check_family`].
+    """
     try:
-        content, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs["revision"])
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         if any(content.get(key) for key in _ORIGINAL):
             raise UserError(
                 f"{name_or_path!r} is in the layout of the original LLaVA code. Convert it first: medst convert "
                 f"--source {name_or_path} --output_dir DIRECTORY, and use that directory."
             )
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except LOADING_ERRORS:
-        return None  # reported when processor and model are loaded
-    check_family(config, name_or_path, remote_code=kwargs["trust_remote_code"])
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
+    except LOADING_ERRORS as error:
+        raise _not_loaded("configuration", name_or_path, error) from error
+    check_family(config, name_or_path, remote_code=trust_remote_code)
     return config
+
+
+def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
+    kind = "" if Path(name_or_path).is_dir() else ", which is not a directory here"
+    return UserError(f"No {what} could be loaded from {name_or_path!r}{kind}: {_reason(error)}")
 
 
 def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type = AutoProcessor) -> Any:
@@ -172,8 +185,7 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type 
             'and SmolVLM needs torchvision: pip install "medst_trl[video]"'
         ) from error
     except LOADING_ERRORS as error:
-        kind = "" if Path(name_or_path).is_dir() else ", which is not a directory here"
-        raise UserError(f"No processor could be loaded from {name_or_path!r}{kind}: {_reason(error)}") from error
+        raise _not_loaded("processor", name_or_path, error) from error
 
 
 def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None) -> PreTrainedModel:

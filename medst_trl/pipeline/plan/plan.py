@@ -26,8 +26,9 @@ from medst_trl.pipeline.stage import FILE, RUN
 from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
-from .policies import NotKnownYet, Policy, check_processor, model_at, policy_of, trained_parameters
+from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
 from .steps import Hardware, RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
+from .validate import check_processor
 
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one

@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from peft import get_peft_model
+from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import hub_answers, is_hub_id, split_revision
-from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
-from medst_trl.policy.adapters import base_of_adapter, freeze_vision, read_adapter_config
+from medst_trl.policy.adapters import freeze_vision, read_adapter_config
 from medst_trl.policy.chat_template import VUSR, saved_role
 from medst_trl.policy.families import add_embedding_row, base_of, model_parts, on_meta
-from medst_trl.policy.loading import load_processor
+from medst_trl.policy.loading import read_config
 
 from .steps import maker_of, stage_arguments
 
@@ -126,16 +125,16 @@ def model_at(
     Raises:
         NotKnownYet: if it cannot be known before a step has run, or not without the Hub.
     """
-    if (config := _adapter_config(name_or_path)) is not None:
-        named = base_of_adapter(name_or_path, config.base_model_name_or_path)
-        policy = model_at(base or named, steps, trust_remote_code)
-        config.inference_mode = False  # it is trained further
-        model = get_peft_model(policy.model, config, low_cpu_mem_usage=True)
-        return Policy(model, policy.base, continues_adapter=True)
-    if not Path(name_or_path, "config.json").is_file():
+    if not any(Path(name_or_path, name).is_file() for name in ("config.json", "adapter_config.json")):
         step, output = maker_of(name_or_path, steps)
         if output is not None and output.kind == MODEL:
             return _made_by(step, output, steps)
+    name, hub = _find(name_or_path)
+    if (config := read_adapter_config(name, **hub)) is not None:
+        policy = model_at(base or config.base_model_name_or_path, steps, trust_remote_code)
+        config.inference_mode = False  # it is trained further
+        model = get_peft_model(policy.model, config, low_cpu_mem_usage=True)
+        return Policy(model, policy.base, continues_adapter=True)
     template = Path(name_or_path, "chat_template.jinja")  # of a model with the text role, which trains no token
     text_role = template.is_file() and saved_role(template.read_text(encoding="utf-8")) == "text"
     return Policy(meta_model(name_or_path, trust_remote_code), name_or_path, text_role=text_role)
@@ -164,23 +163,6 @@ def is_of_adapter(name: str) -> bool:
     return any(kind in name for kind in (".lora_A.", ".lora_B.", ".modules_to_save.", ".trainable_tokens_delta."))
 
 
-def check_processor(step: Step) -> None:
-    """
-    Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights.
-
-    Args:
-        step ([`~medst_trl.pipeline.recipe.Step`]):
-            A step.
-    """
-    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
-    name, base, trusts = map(step.settings.get, names)
-    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
-        with located(f"{step.where}: model_name_or_path"):
-            adapter = read_adapter_config(name, None)
-            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
-                load_processor(name, base, None, bool(trusts))
-
-
 # Configurations
 
 
@@ -197,32 +179,20 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
     Raises:
         UserError: if there is no configuration of a vision-language model, or it is not available offline.
     """
-    name, revision = split_revision(name_or_path)
-    is_offline, common = not Path(name).is_dir() and not hub_answers(), {"trust_remote_code": trust_remote_code}
+    name, hub = _find(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=is_offline, **common)
-    except (OSError, ValueError) as error:
-        if not Path(name).is_dir() and not is_hub_id(name_or_path):
-            raise NotKnownYet(f"not on this machine: {name_or_path}") from None
-        if is_offline:
+        return on_meta(
+            read_config(name, trust_remote_code=trust_remote_code, **hub), trust_remote_code=trust_remote_code
+        )
+    except UserError as error:
+        if hub["local_files_only"] and isinstance(error.__cause__, OSError):
             raise NotKnownYet(f"config not available offline: {name_or_path}") from None
-        raise UserError(f"No configuration could be loaded from {name_or_path!r}: {error}") from None
-    try:
-        return on_meta(config, **common)
-    except ValueError as error:
-        raise UserError(f"{name_or_path!r} is not a vision-language model: {error}") from None
+        raise
 
 
-def _adapter_config(name_or_path: str) -> LoraConfig | None:
-    """The configuration of an adapter that exists; None for anything else."""
+def _find(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a model, and where to look for its files."""
     name, revision = split_revision(name_or_path)
-    path = Path(name, "adapter_config.json")
-    if Path(name).is_dir() and not path.is_file():
-        return None  # PEFT would ask the Hub for a repository with the name of the directory
-    is_offline = not path.is_file() and not hub_answers()
-    try:
-        return PeftConfig.from_pretrained(name, revision=revision, local_files_only=is_offline)
-    except (ValueError, TypeError) as error:  # PEFT's, whatever the reason
-        if path.is_file():
-            raise UserError(f"{path} is damaged: {error}. Save or download the adapter again.") from None
-        return None
+    if not (Path(name).is_dir() or is_hub_id(name_or_path)):
+        raise NotKnownYet(f"not on this machine: {name_or_path}")
+    return name, {"revision": revision, "local_files_only": not Path(name).is_dir() and not hub_answers()}

@@ -12,12 +12,14 @@ from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.data.conform import check_missing
 from medst_trl.data.loading import columns_of
+from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Input
+from medst_trl.policy.adapters import read_adapter_config
+from medst_trl.policy.loading import load_processor
 from medst_trl.training.settings import check_sharding
 
-from .policies import check_processor
 from .steps import hardware_of, maker_of, missing_packages, stage_arguments
 
 
@@ -66,6 +68,23 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
                 lines.append(f"{step.label:<{max(map(len, chosen)) + 2}}{'; '.join(results) or 'ready'}")
     problems.report()
     return lines
+
+
+def check_processor(step: Step) -> None:
+    """
+    Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            A step.
+    """
+    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
+    name, base, trusts = map(step.settings.get, names)
+    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
+        with located(f"{step.where}: model_name_or_path"):
+            adapter = read_adapter_config(name, None)
+            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
+                load_processor(name, base, None, bool(trusts))
 
 
 def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:

@@ -135,7 +135,7 @@ def test_unknown_models_are_reported(tmp_path):
     with pytest.raises(NotKnownYet, match="before convert has run"):
         trainable_parameters(step("sft", model_name_or_path="runs/convert"), [convert])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="not a vision-language model"):
+    with pytest.raises(UserError, match="has no vision tower .*Give a vision-language model"):
         meta_model(str(tmp_path))
 
 
@@ -175,5 +175,5 @@ def test_a_local_model_is_not_searched_on_the_hub(base, monkeypatch):
 
 def test_a_damaged_adapter_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{ broken")
-    with pytest.raises(UserError, match=r"adapter_config.json is damaged"):
+    with pytest.raises(UserError, match="adapter_config.json of the adapter .* cannot be read"):
         policy_of(step("dpo", model_name_or_path=str(tmp_path)))
