@@ -121,7 +121,7 @@ def load_processor(
     try:
         if adapter is not None:
             check_reachable(base)
-        config = read_config(base, **base_kwargs)
+        config = read_model_config(base, **base_kwargs)
     except UserError as error:
         if adapter is None:
             raise
@@ -141,7 +141,7 @@ def load_processor(
     return processor, base, base_kwargs, adapter
 
 
-def read_config(name_or_path: str, *, trust_remote_code: bool, **hub: Any) -> PreTrainedConfig:
+def read_model_config(name_or_path: str, *, trust_remote_code: bool, **hub: Any) -> PreTrainedConfig:
     """
     Read the configuration of a model, and check that it can be trained as a policy.
 

@@ -26,7 +26,7 @@ from medst_trl.pipeline.stages._training import new_adapter
 from medst_trl.policy.adapters import freeze_vision, read_adapter_config
 from medst_trl.policy.chat_template import VUSR, saved_role
 from medst_trl.policy.families import add_embedding_row, base_of, model_parts, on_meta
-from medst_trl.policy.loading import read_config
+from medst_trl.policy.loading import read_model_config
 
 from .steps import maker_of, stage_arguments
 
@@ -182,7 +182,7 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
     name, hub = _find(name_or_path)
     try:
         return on_meta(
-            read_config(name, trust_remote_code=trust_remote_code, **hub), trust_remote_code=trust_remote_code
+            read_model_config(name, trust_remote_code=trust_remote_code, **hub), trust_remote_code=trust_remote_code
         )
     except UserError as error:
         if hub["local_files_only"] and isinstance(error.__cause__, OSError):
