@@ -3,8 +3,10 @@
 """What a push uploads: the files of a dataset, adapter or model, and copies of the few that name this machine."""
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ MODEL_FILES = (
     "model.safetensors.index.json", TRAINING_IMAGES_FILE, *PROCESSOR_FILES,
 )  # fmt: skip
 
+_HASHED = re.compile("[0-9a-f]{64}|[0-9a-f]{6}-[0-9a-f]{20}")  # ids of images and of groups
 PATH_KEYS = ("name_or_path", "_name_or_path")  # where transformers notes what a file was loaded from
 
 
@@ -143,6 +146,7 @@ def fill_upload(contents: Contents, target: Path, card: str, base_model: str | N
             write_training_images(target, (), contents.directory)
         elif name.endswith(".parquet"):
             _check_models(source)
+            _check_ids(source)
         if not path.exists():
             path.symlink_to(source.resolve())
     (target / "README.md").write_text(card, encoding="utf-8")
@@ -197,3 +201,15 @@ def _check_models(shard: Path) -> None:
                     f"The column {name} of {shard} names a model by its path, which must not be published ({model}). "
                     "Run the stage that made it again with --overwrite: a judge's replies stay in its cache."
                 )
+
+
+def _check_ids(shard: Path) -> None:
+    """Refuse ids of images and groups that are no hashes, as datasets of others can have them."""
+    columns = {"image_ids", "image_id", "group_id"}.intersection(pq.read_schema(shard).names)
+    for name, values in pq.read_table(shard, columns=list(columns), partitioning=None).to_pydict().items():
+        ids = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
+        if not all(value is None or _HASHED.fullmatch(str(value)) for value in ids):
+            raise UserError(
+                f"The column {name} of {shard} has ids that are no hashes, such as names or patient numbers. They "
+                "must not be published. Remove the column, or push what `medst prepare` makes of your files."
+            )

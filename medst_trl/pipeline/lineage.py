@@ -22,7 +22,7 @@ from medst_trl.data.overlap import Inventory
 from medst_trl.evaluation.contamination import FIGURES, count_shared
 
 from .record import RECORD_FILE, read_record
-from .stage import MODEL, STAGES
+from .stage import MODEL, NO_DATASETS, STAGES
 
 
 if TYPE_CHECKING:
@@ -124,15 +124,18 @@ def _trainings(source: dict[str, Any], place: Path | None, seen: set[Path]) -> l
     if record.get("stage") not in STAGES:
         here = source | ({"path": str(place)} if place else {})
         return [] if _is_base(here) else [{**source, "stage": None, "splits": []}]
-    stage, settings, found = STAGES.get(record["stage"]), record.get("settings", {}), []
-    inputs = record.get("inputs", {})
-    for one in chain.from_iterable(inputs.get(item.key, ()) for item in stage.inputs if item.kind == MODEL):
-        found += _trainings(one, find_source(one, path.parent) if "path" in one else None, seen)
+    stage, settings = STAGES.get(record["stage"]), record.get("settings", {})
     splits = [settings.get("train_split") or "train"]
     if settings.get("eval_strategy", "no") != "no":
         splits.append(settings.get("validation_split") or "validation")
-    own = inputs.get("dataset", ()) if stage.trains else ()
-    return found + [{**one, "stage": stage.name, "splits": splits} for one in own]
+    earlier, own = [], []
+    for item in stage.inputs:
+        for one in record.get("inputs", {}).get(item.key, ()):
+            if item.kind == MODEL:
+                earlier += _trainings(one, find_source(one, path.parent) if "path" in one else None, seen)
+            elif stage.trains and item.kind not in NO_DATASETS:
+                own.append({**one, "stage": stage.name, "splits": splits})
+    return earlier + own
 
 
 def _is_base(source: Mapping[str, Any]) -> bool:
@@ -142,9 +145,8 @@ def _is_base(source: Mapping[str, Any]) -> bool:
     if any(_find_file(source, name) for name in (TRAINING_IMAGES_FILE, "adapter_config.json")):
         return False
     template = _find_file(source, "chat_template.jinja")
-    return bool(_find_file(source, "config.json")) and not (
-        template and saved_role(template.read_text(encoding="utf-8"))
-    )
+    is_ours = template is not None and saved_role(template.read_text(encoding="utf-8")) is not None
+    return _find_file(source, "config.json") is not None and not is_ours
 
 
 def training_images(model: str | Path) -> tuple[set[str], bool]:

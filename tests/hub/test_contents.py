@@ -3,6 +3,7 @@
 """Test how directories are recognized and which of their files are published."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from datasets import Dataset
@@ -12,6 +13,7 @@ from medst_trl.base.fingerprints import fingerprint
 from medst_trl.data.schema import (
     benchmark_features,
     candidate_features,
+    features_of,
     instruct_features,
     preference_features,
     write_split,
@@ -159,6 +161,23 @@ def test_a_model_of_version_0_1_0_is_published_with_the_images_of_the_data_that_
     assert uploaded_images(directory, tmp_path / "target") == {"complete": True, "image_ids": ["a" * 64]}
     assert not (directory / "training_images.json").exists()
     assert "training_images.json" in REPLACED["model"]  # of an earlier push of another model
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "value", "is_public"),
+    [
+        ("instruct", "image_ids", ["a" * 64, "Mueller_Anna.png"], False), ("instruct", "image_ids", ["17"], False),
+        ("instruct", "image_ids", ["a" * 64], True), ("instruct", "image_ids", None, True),
+        ("instruct", "group_id", "P-4711", False), ("instruct", "group_id", "0123ab-" + "c" * 20, True),
+        ("benchmark", "image_id", "scan.png", False), ("benchmark", "image_id", "a" * 64, True),
+    ],
+)  # fmt: skip
+def test_a_dataset_with_ids_that_are_no_hashes_is_not_published(tmp_path, kind, column, value, is_public):
+    rows = [(CONVERSATION if kind == "instruct" else BENCHMARK | {"image_id": "b" * 64}) | {column: value}]
+    write_split(tmp_path / "data", "train", rows, dict, features_of(kind), 2)
+    (tmp_path / "target").mkdir()
+    with nullcontext() if is_public else pytest.raises(UserError, match=f"column {column} .* no hashes"):
+        fill_upload(find_contents(tmp_path / "data"), tmp_path / "target", "card")
 
 
 def test_the_base_of_an_adapter_must_be_on_the_hub(tmp_path):

@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from medst_trl.pipeline.lineage import (
     write_training_images,
 )
 from medst_trl.pipeline.record import read_record
+from medst_trl.pipeline.stage import MODEL, STAGES, Input
 from medst_trl.policy.chat_template import MARK
 
 
@@ -151,6 +153,14 @@ def test_a_model_that_is_gone_leaves_the_images_incomplete(run):
     """Nobody knows whether it was a base model, unless the model that was made from it has a list."""
     (run / "first").rename(run / "gone")
     assert training_images(str(run / "last")) == (ids(20, 21, 22, 25, 26), False)
+
+
+def test_a_training_stage_of_a_plugin_may_call_its_data_by_another_name(run, monkeypatch):
+    inputs = (Input("model_name_or_path", MODEL), Input("pairs", "preferences"))
+    monkeypatch.setitem(STAGES._objects, "tune", replace(STAGES.get("dpo"), name="tune", inputs=inputs))
+    write_stage(run / "tuned", "tune", model_name_or_path=run / "last", pairs=run / "d")
+    assert [(Path(one["path"]).name, one["stage"]) for one in trained_on(run / "tuned")][-1] == ("d", "tune")
+    assert ids(30, 31, 32) < training_images(run / "tuned")[0]
 
 
 def test_a_circle_of_records_ends(tmp_path):
