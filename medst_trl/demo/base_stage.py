@@ -145,12 +145,12 @@ def _trainer(args: BaseArguments, model: "PreTrainedModel", processor: "Processo
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from medst_trl.training.upstream import LoadsPublishedNames
+    from medst_trl.training.upstream import ResumesExactly
 
     from .base_data import training_conversations
 
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
-    class ResumingTrainer(LoadsPublishedNames, Trainer):
+    class ResumingTrainer(ResumesExactly, Trainer):
         pass
 
     training = TrainingArguments(

@@ -248,6 +248,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             write_base_file(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.state.global_step == getattr(self, "_initial_global_step", None):
+            logs.pop("train_loss", None)  # resumed after its last step: the loss is that of no step
         if "learning_rate" in logs:  # a log of training steps
             logs |= {f"learning_rate_{part}": rate for part, rate in self._rates_of_step.items() if part != "language"}
             logs["data_wait"] = self._data_wait.share()

@@ -32,7 +32,7 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from peft import PeftModel
 from PIL import Image
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin, Trainer, TrainerState
 
 from medst_trl.policy.families import model_parts
 
@@ -43,8 +43,29 @@ BLANK_SIDE = 64  # pixels; processors that resize images need no more
 FULL_PRECISION_INPUTS = frozenset({"ref_chosen_logps", "ref_rejected_logps", "weight", "probability"})
 
 
-class LoadsPublishedNames:
-    """Mixin for a [`~transformers.Trainer`] that resumes a model trained in all its weights."""
+class ResumesExactly:
+    """Mixin for a [`~transformers.Trainer`] whose resumed run ends as an uninterrupted one."""
+
+    def _init_training_state(self, max_steps, *args):
+        """
+        Replace fractions of the run in `logging_steps`, `eval_steps` and `save_steps` by numbers of steps. The Trainer
+        (transformers 5.23) compares fractions with the numbers in a checkpoint and warns. No issue known.
+        """
+        TrainerState.compute_steps(self.args, self.args, max_steps)
+        return super()._init_training_state(max_steps, *args)
+
+    def _run_epoch(self, **kwargs):
+        """
+        Train no further after the last step. The Trainer (transformers 5.23) looks for the end of training only after
+        a step, so a run that was killed after its last checkpoint would take one more. No issue known.
+        """
+        early = [item for item in self.callback_handler.callbacks if isinstance(item, EarlyStoppingCallback)]
+        if self.state.global_step >= self.state.max_steps or any(
+            item.early_stopping_patience_counter >= item.early_stopping_patience for item in early
+        ):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """
@@ -59,7 +80,7 @@ class LoadsPublishedNames:
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
 
 
-class UpstreamFixes(LoadsPublishedNames):
+class UpstreamFixes(ResumesExactly):
     """Mixin for TRL's trainers on images."""
 
     def _prepare_inputs(self, inputs):

@@ -87,6 +87,29 @@ def test_a_signal_in_any_step_saves_that_step(tmp_path, step):
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
 
 
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_run_stopped_after_its_last_step_is_complete(tmp_path, uninterrupted, by_signal):
+    if by_signal:
+        _stop(tmp_path, SystemExit, signal.SIGTERM, step=8)
+    else:  # after its last checkpoint, before its result was saved
+        shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    trainer = tiny_run.train(tmp_path, **SETTINGS)
+    _, expected, losses = uninterrupted
+    weights = tiny_run.trained_weights(trainer)
+    assert trainer.state.global_step == 8 and not (tmp_path / "checkpoint-9").exists()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
+    assert not any("train_loss" in entry for entry in trainer.state.log_history)  # of no step
+
+
+def test_fractions_of_a_run_are_not_reported_as_changed_when_it_resumes(tmp_path, capfd):
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 0.25, "logging_steps": 0.5}
+    _stop(tmp_path, KeyboardInterrupt, signal.SIGINT, **settings)
+    trainer = tiny_run.train(tmp_path, **settings)
+    assert trainer.state.global_step == 8 and (trainer.state.save_steps, trainer.state.logging_steps) == (2, 4)
+    assert "do not match" not in capfd.readouterr().err
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path):
     _stop(tmp_path, KeyboardInterrupt, signal.SIGINT, signal.SIGINT)
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
@@ -273,3 +296,7 @@ def test_early_stopping_keeps_its_count_after_resuming(tmp_path):
         )  # half of its patience is used up
     resumed = run(tmp_path / "interrupted")
     assert resumed.state.global_step == uninterrupted.state.global_step < 60
+    again = run(tmp_path / "interrupted")  # as if it had been killed after the last checkpoint
+    assert again.state.global_step == uninterrupted.state.global_step
+    weights, expected = tiny_run.trained_weights(again), tiny_run.trained_weights(uninterrupted)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
