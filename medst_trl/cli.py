@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl import __version__
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import Interrupted, UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.redaction import hide_secrets
@@ -68,8 +68,9 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return function(*arguments) or 0
     except UserError as error:
         return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return 130 if rank() else _complain(f"interrupted.{_again(function, *arguments)}", 130)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = stop.code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
+        return code if rank() else _complain(f"interrupted.{_how_to_resume(function, *arguments)}", code)
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -80,15 +81,20 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return _complain("the disk is full. Finished work is kept: make room and run the same command again.", 2)
 
 
-def _again(function: Callable[..., int | None], words: Sequence[str] = (), *_) -> str:
+def _how_to_resume(function: Callable[..., int | None], argv: Sequence[str] = (), *_) -> str:
     """How to resume an interrupted command. `medst run` says it for its stages."""
     if RUN_VARIABLE in os.environ:
         return ""
     if function is not _dispatch:
         return " To resume, run the same command again, without --overwrite."
-    words, options = read_options(words)
-    rest = words_of(option for option in options if option.key != "overwrite")  # it would delete what is saved
-    return f" To resume, run:\n  {shlex.join(hide_secrets(['medst', *words, *rest]))}"
+    return f" To resume, run:\n  {_resuming(argv)}"
+
+
+def _resuming(argv: Sequence[str]) -> str:
+    """The same command without `--overwrite`, which would delete what is saved."""
+    words, options = read_options(argv)
+    rest = words_of(option for option in options if option.key != "overwrite")
+    return shlex.join(hide_secrets(["medst", *words, *rest]))
 
 
 def _reader_is_gone() -> bool:
@@ -164,8 +170,8 @@ def run_recipe(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_recipe))
         return 0
-    words, given = read_options(argv)
-    which, options = take(given, "stage")
+    words, options = read_options(argv)
+    which, options = take(options, "stage")
     is_plan, options = take(options, "dry_run", is_flag=True)
     if len(words) != 1:
         raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
@@ -183,9 +189,8 @@ def run_recipe(argv: list[str]) -> int | None:
     if which is None and any(option.key == "overwrite" and option.target is None for option in options):
         _confirm_overwrite(steps)
     plugins = [word for path in plugin_files() for word in ("--plugins", path)]
-    again = ["medst", "run", *words, *words_of(option for option in given if option.key != "overwrite"), *plugins]
-    again = shlex.join(hide_secrets(again))
-    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps], again)
+    commands = [_command(recipe.path, step, options) for step in steps]
+    code = _run_steps(steps, commands, _resuming(["run", *argv, *plugins]))
     if code == 0:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -201,7 +206,7 @@ def _check(step: Step) -> None:
 
     if not step.stage.trains:  # TrainingArguments takes a GPU, and sets variables that launchers would inherit
         stage_arguments(step)
-    elif missing := missing_packages(step):
+    elif not step.is_finished and (missing := missing_packages(step)):
         raise UserError("\n".join(missing))
 
 

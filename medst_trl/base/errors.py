@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The exception for errors that the user can fix, and words for messages: the closest match, numbers with nouns."""
+"""Errors that the user can fix, interruptions, and words for messages: the closest match, numbers with nouns."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,6 +20,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+class Interrupted(SystemExit):
+    """A signal other than Ctrl-C has ended the command after its work was saved. The exit code is 128 + the signal."""
 
 
 class Problems:

@@ -4,6 +4,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,12 @@ def process_state() -> "PartialState":
     if (backend := backend_on_cpus()) is not None:
         return PartialState(backend=backend)
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Signals that ask this process to stop: Ctrl-C, SIGTERM and, for a closed terminal, SIGHUP (not under nohup)."""
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 def on_main_process(function: Callable[[], _T]) -> _T:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from medst_trl.base.errors import UserError, closest, located, number_of
-from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, world_size
+from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, stop_signals, world_size
 
 from .options import as_count
 from .recipe import read_yaml
@@ -200,8 +200,8 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     Run a command and return its exit code, 128 + N for signal N.
 
-    Signals to stop (Ctrl-C, SIGTERM) are passed on to the command and its children, which may save their work first.
-    A third one kills them.
+    Signals to stop (see [`stop_signals`]) are passed on to the command and its children, which may save their work
+    first. A third one kills them.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received = []
@@ -211,7 +211,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         with suppress(ProcessLookupError):  # it has already ended
             os.killpg(process.pid, number if len(received) < 3 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         return _exit_code(process.wait())
     finally:
@@ -230,7 +230,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # the stage has received it too, and may be saving its work
+    for number in stop_signals():  # the stage has received it too, and may be saving its work
         signal.signal(number, lambda *_: None)
     try:
         accelerate_launch(launch_command_parser().parse_args())

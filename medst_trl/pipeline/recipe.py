@@ -49,7 +49,7 @@ from medst_trl.base.errors import Problems, UserError, closest
 from medst_trl.base.registry import PLUGINS_VARIABLE
 
 from .options import Option, actions_of, as_count, convert, refuse_secrets
-from .record import RECORD_FILE
+from .record import RECORD_FILE, is_complete
 from .stage import MODEL, RUN, STAGES, Stage
 
 
@@ -92,6 +92,11 @@ class Step:
     def replaces_results(self) -> bool:
         """Whether it deletes the results of an earlier run when it starts."""
         return bool(self.settings.get("overwrite")) and Path(self.settings["output_dir"], RECORD_FILE).exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a result to keep: it is skipped, or refused because something has changed."""
+        return is_complete(self.settings["output_dir"]) and not self.settings.get("overwrite")
 
 
 @dataclass(frozen=True)

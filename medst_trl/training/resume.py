@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import signal
-import sys
+import stat
 import threading
 import time
 import weakref
@@ -21,26 +21,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from medst_trl.base.errors import UserError, number_of
-from medst_trl.base.processes import on_main_process, rank, world_size
+from medst_trl.base.errors import Interrupted, UserError, number_of
+from medst_trl.base.processes import on_main_process, rank, stop_signals, world_size
 
 
 logger = logging.getLogger(__name__)
 
-SECONDS_OF_COPIES = 2  # within which a signal may be the same one, passed on by a launcher
+DUPLICATE_SECONDS = 2  # within which a signal may be the same one, passed on by a launcher
+_WORDS = {"": None, "true": True, "false": False}  # for `resume_from_checkpoint`
 
 
 class StopSignals(TrainerCallback):
     """
-    Context manager around training: after a signal to stop (Ctrl-C, SIGTERM), training ends with a checkpoint of the
-    step in progress, on all ranks. A second signal ends it at once, as does the first with `save_strategy="no"`.
+    Context manager around training: after a signal to stop (Ctrl-C, SIGTERM, SIGHUP), training ends with a checkpoint
+    of the step in progress, on all ranks. A second signal ends it at once, as does the first without checkpoints
+    (`save_strategy="no"`).
 
     `enable_jit_checkpoint` of transformers (5.23) saves after SIGTERM, too. It does so between the gradients and the
     step as well, so that a resumed run differs, and each rank decides alone, so that ranks wait for each other.
@@ -57,7 +59,7 @@ class StopSignals(TrainerCallback):
         self.received: int | None = None
         self.is_stopping = False  # on all ranks
         saves = self.trainer.args.save_strategy != "no" and threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if saves else ()
+        numbers = stop_signals() if saves else ()
         self.trainer.add_callback(self)  # the last one, because it ends training
         self.is_active.fill_(saves)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
@@ -72,10 +74,12 @@ class StopSignals(TrainerCallback):
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is None:
             self.received, self.since = number, time.monotonic()
-            if rank() == 0:  # not by print, which the signal may have interrupted
+            if number == signal.SIGHUP:
+                _leave_terminal()
+            elif rank() == 0:  # not by print, which the signal may have interrupted
                 os.write(2, b"\nStopping with a checkpoint after this step. Press Ctrl-C again to stop at once.\n")
         # Processes of a launcher receive a signal themselves and from the launcher.
-        elif time.monotonic() - self.since > SECONDS_OF_COPIES or (number == signal.SIGINT and world_size() == 1):
+        elif time.monotonic() - self.since > DUPLICATE_SECONDS or (number == signal.SIGINT and world_size() == 1):
             _stop(number)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -107,62 +111,90 @@ class StopSignals(TrainerCallback):
 
 def _protect_worker(is_active: torch.Tensor, init: Callable[[int], None] | None, worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    signal.signal(signal.SIGTERM, lambda number, frame: None if is_active else os._exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: None if is_active else os._exit(0))
     if init is not None:
         init(worker_id)
 
 
+def _leave_terminal() -> None:
+    """Discard further output to a terminal or pipe, which is gone: writing there would end training."""
+    for descriptor in (1, 2):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def _stop(number: int) -> NoReturn:
     """End training as the signal would."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
 
 
-def resume_checkpoint(output_dir: str | Path, accelerator: Accelerator, given: str | None = None) -> str | None:
+def checkpoint_named(output_dir: str | Path, given: str | None) -> Path | bool | None:
     """
-    Find the checkpoint to resume from, on the main process for every rank.
+    Return what `resume_from_checkpoint` (`given`) names: a checkpoint in `output_dir`, `True` for the newest one,
+    `False` for none, or `None` for the newest one if there is any.
+
+    Raises:
+        UserError: for a path outside `output_dir`.
+    """
+    if (word := str(given or "").lower()) in _WORDS:
+        return _WORDS[word]
+    inside = Path(output_dir, given)
+    path = inside if inside.exists() else Path(given)
+    if path.resolve().parent != Path(output_dir).resolve():
+        advice = f" To start a new run from these weights, set model_name_or_path to {given}." if path.exists() else ""
+        raise UserError(
+            f"resume_from_checkpoint {given} is not a checkpoint in output_dir {output_dir}. A run resumes from its "
+            f"own checkpoints.{advice}"
+        )
+    return path
+
+
+def resume_checkpoint(output_dir: str | Path, state: PartialState, given: str | None = None) -> str | None:
+    """
+    Return the checkpoint to resume from, chosen on the main process for every rank.
 
     Args:
         output_dir (`str` or `Path`):
             The run directory.
-        accelerator ([`~accelerate.Accelerator`]):
+        state ([`~accelerate.PartialState`] or [`~accelerate.Accelerator`]):
             Of the ranks that will resume.
         given (`str`, *optional*):
-            `resume_from_checkpoint`: a checkpoint in `output_dir`, `"true"` for the newest one, or `"false"` for none.
-            Default: the newest one, if there is any.
+            `resume_from_checkpoint`, see [`checkpoint_named`].
 
     Returns:
-        `str` or `None`: The checkpoint.
+        `str` or `None`: The checkpoint; `None` to start at the first step.
 
     Raises:
         UserError: if the given one is missing or not complete, or this launch cannot read its optimizer's state.
     """
 
     def find() -> str | None:
-        word = (given or "").lower()
-        if word == "false":
-            return None
-        found = newest_complete_checkpoint(output_dir, accelerator.num_processes) if word in ("", "true") else given
-        if word and found is None:
-            raise UserError(f"resume_from_checkpoint is true, and {output_dir} has no complete checkpoint. Remove it.")
-        if found is not None:
-            if problem := _incomplete(Path(found)):
-                raise UserError(f"resume_from_checkpoint {found}: {problem}.")
-            _check_optimizer(Path(found), accelerator)
-        return found
+        found = named = checkpoint_named(output_dir, given)
+        if named in (None, True):
+            found = newest_complete_checkpoint(output_dir, state.num_processes)
+        elif named and (problem := _incomplete(named)):
+            raise UserError(f"resume_from_checkpoint {named}: {problem}.")
+        if found:
+            _check_optimizer(Path(found), state)
+        elif named:
+            raise UserError(
+                f"resume_from_checkpoint is true, but {output_dir} has no complete checkpoint. Remove "
+                "resume_from_checkpoint to start at the first step."
+            )
+        return str(found) if found else None
 
     return on_main_process(find)
 
 
-def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
+def _check_optimizer(checkpoint: Path, state: PartialState) -> None:
     """
     Refuse a checkpoint whose optimizer this launch cannot read. DeepSpeed would fail, and the Trainer would start with
     a new optimizer.
     """
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    uses_deepspeed = state.distributed_type == DistributedType.DEEPSPEED
     parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-    if parts == (accelerator.num_processes if uses_deepspeed else 0):
+    if parts == (state.num_processes if uses_deepspeed else 0):
         return
     processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
     if parts:

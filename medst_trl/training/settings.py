@@ -4,7 +4,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -41,26 +40,6 @@ def check_sharding(kind: str, *settings: Any) -> None:
             raise UserError(
                 f"{name} does not work with {kind}, which shards the weights. Use zero2 or multi_gpu, or remove it."
             )
-
-
-def check_resume(training_args: Any, overwrite: bool) -> None:
-    """
-    Refuse a `resume_from_checkpoint` outside `output_dir`, or one that `overwrite` would delete.
-
-    Args:
-        training_args ([`~transformers.TrainingArguments`]): Name a checkpoint, or `"true"` for the newest one.
-        overwrite (`bool`): Whether the contents of `output_dir` are deleted.
-    """
-    given, output_dir = str(training_args.resume_from_checkpoint or "false"), Path(training_args.output_dir)
-    if given.lower() == "false":
-        return
-    if overwrite:
-        raise UserError("overwrite deletes the checkpoints that resume_from_checkpoint would use. Choose one of them.")
-    if given.lower() != "true" and Path(given).resolve().parent != output_dir.resolve():
-        raise UserError(
-            f"resume_from_checkpoint {given} is not a checkpoint in output_dir {output_dir}. A run resumes from its "
-            f"own checkpoints. To start a new run from these weights, set model_name_or_path to {given}."
-        )
 
 
 @documented
@@ -116,6 +95,10 @@ class TrainerSettings:
                 self.save_total_limit = 2
             if self.load_best_model_at_end and self.eval_strategy == "steps":  # a checkpoint needs an evaluation
                 self.save_steps = self.eval_steps or self.logging_steps
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.greater_is_better is None and "loss" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers asks for names that end in "loss", unlike loss_answer
         super().__post_init__()
 
 

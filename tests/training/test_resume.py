@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is killed at any point and resumed ends with the weights of an uninterrupted run."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -153,6 +157,23 @@ def test_workers_of_data_loaders_survive_a_signal_to_their_group(tmp_path, unint
     assert process.returncode == 128 + signal.SIGTERM, process.stderr
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "Traceback" not in process.stderr and "worker" not in process.stderr
+
+
+def test_a_closed_terminal_saves_a_checkpoint(tmp_path):
+    """Like an ssh session that breaks: the process gets SIGHUP, and cannot write to its terminal any more."""
+    leader, terminal = os.openpty()
+    settings = json.dumps(SETTINGS | {"max_steps": 300, "save_steps": 300})
+    process = subprocess.Popen(
+        [sys.executable, tiny_run.__file__, str(tmp_path), settings], stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    printed = b""
+    while b"'loss'" not in printed:
+        printed += os.read(leader, 1000)
+    os.close(leader)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP, printed
+    assert newest_complete_checkpoint(tmp_path)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Step, read_recipe
-from medst_trl.pipeline.record import changes_of, is_complete
+from medst_trl.pipeline.record import changes_of
 from medst_trl.pipeline.stage import FILE, RUN
 from medst_trl.training.settings import check_sharding
 
@@ -106,7 +106,7 @@ class _Plan:
         if changes := changes_of(step.stage, *without_hub):
             yield f"{step.label}: would be refused: {'; '.join(changes)}"
             return
-        if is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite"):
+        if step.is_finished:
             yield f"{step.label}: already finished; skipped unless its inputs have changed"
             return
         yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")

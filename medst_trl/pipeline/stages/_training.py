@@ -6,7 +6,7 @@ What the stages that train a policy share: arguments and their checks, data, ada
 Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
 from math import inf
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import Problems, UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists
@@ -23,10 +23,10 @@ from medst_trl.data.schema import KINDS, features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
 from medst_trl.pipeline.lineage import image_ids_in, trained_on, write_training_images
-from medst_trl.pipeline.record import StageRecord
+from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
-from medst_trl.training.settings import CommonTrlSettings, check_resume, check_sharding, sharding_kind
+from medst_trl.training.settings import CommonTrlSettings, check_sharding, sharding_kind
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _AT_LEAST = {
     "max_records": 1, "lora_r": 0, "vision_lora_r": 0, "lora_alpha": 1, "vision_lora_alpha": 1, "lora_dropout": 0,
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
     "vision_learning_rate": 0, "projector_learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "seed": 0,
 }  # fmt: skip
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 
@@ -129,6 +129,7 @@ class TrainingStageArguments:
     train_vision: ClassVar[bool] = True
     train_vusr: ClassVar[bool] = True
     vusr_role: ClassVar[str | None] = None
+    best_by: ClassVar[tuple[str, ...]] = ()  # choices of metric_for_best_model; any by default
     checks_shape: ClassVar[bool] = False  # whether settings may not differ from the shape of the model's own adapter
 
     def __post_init__(self):
@@ -154,16 +155,24 @@ class TrainingStageArguments:
                 weights would have to train or to be sharded, and ZeRO-3 without GPUs if the token trains.
         """
         from medst_trl.policy.vusr import VUSR_ROLES
+        from medst_trl.training.resume import checkpoint_named
 
         given = vars(training_args) | vars(self)
         check_bounds(SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given), at_least=_AT_LEAST, at_most=_AT_MOST)
         epochs = given.get("num_train_epochs", 1)
         if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
             raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
-        _check_weights(given.get("dataset_weights"), given.get("dataset"), given.get("oversample"))
-        check_resume(training_args, self.overwrite)
-        check_choice("dtype", given.get("dtype"), DTYPES)
-        check_choice("vusr_role", given.get("vusr_role"), VUSR_ROLES)
+        _check_weights(self.dataset_weights, self.dataset, self.oversample)
+        checkpoint = training_args.resume_from_checkpoint
+        if self.overwrite and str(checkpoint or "false").lower() != "false":
+            raise UserError("overwrite deletes the checkpoint that resume_from_checkpoint names. Choose one of them.")
+        checkpoint_named(training_args.output_dir, checkpoint)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("vusr_role", self.vusr_role, VUSR_ROLES)
+        if given.get("eval_strategy") == "no" and (given.get("save_strategy") == "best" or given.get("eval_on_start")):
+            raise UserError("save_strategy best and eval_on_start evaluate the model: set eval_strategy, too.")
+        if self.best_by and (metric := given.get("metric_for_best_model")):
+            check_choice("metric_for_best_model", metric.removeprefix("eval_"), self.best_by)
         if self.load_in_4bit and not self.use_lora:
             raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one.")
         kind = sharding_kind(training_args)
@@ -188,8 +197,8 @@ class TrainingStageArguments:
 
 
 def _check_weights(weights: Sequence[float] | None, names: Sequence[str], oversample: bool) -> None:
-    for weight in weights or ():
-        check_bounds(SimpleNamespace(dataset_weights=weight), above={"dataset_weights": 0})
+    if wrong := [weight for weight in weights or () if not 0 < weight < inf]:
+        raise UserError(f"dataset_weights is {wrong[0]}. Each must be finite and above 0.")
     if weights and len(weights) != len(names):
         raise UserError(f"dataset_weights has {len(weights)} numbers for {len(names)} datasets. Give one for each.")
     if oversample and not weights:
@@ -252,7 +261,8 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
     from medst_trl.training.resume import resume_checkpoint
 
     args.check(training_args)
-    if found := unsupported_settings(training_args, training_args.device):
+    is_finished = is_complete(training_args.output_dir) and not args.overwrite  # perhaps on another machine
+    if not is_finished and (found := unsupported_settings(training_args, training_args.device)):
         raise UserError("\n".join(found))
     batch = Batch.of(args, training_args, training_args.world_size)
     training_args.gradient_accumulation_steps = batch.accumulation  # before there is a trainer: DeepSpeed reads it
@@ -262,13 +272,13 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
     if record.decision == "skip":
         return
     with record:
+        state, given = training_args.distributed_state, training_args.resume_from_checkpoint
+        checkpoint = resume_checkpoint(training_args.output_dir, state, given)
+        if record.decision == "resume" and checkpoint is None and state.is_main_process:
+            print("No checkpoint is used. Training starts at the first step.")
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
         trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
-        given = training_args.resume_from_checkpoint
-        checkpoint = resume_checkpoint(training_args.output_dir, trainer.accelerator, given)
-        if record.decision == "resume" and checkpoint is None:
-            trainer.accelerator.print("No checkpoint is resumed: training starts at its first step.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)
@@ -281,7 +291,8 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
     record.finish(counts=counts | {"steps": trainer.state.global_step}, metrics=metrics, **lineage)
     if trainer.args.should_save:
         write_card(training_args.output_dir)
-    trainer.accelerator.print(f"{summary} Adapter and processor are in {training_args.output_dir}.")
+    result = "Adapter" if hasattr(trainer.model, "peft_config") else "Model"
+    trainer.accelerator.print(f"{summary} {result} and processor are in {training_args.output_dir}.")
     trainer.accelerator.wait_for_everyone()  # a rank that leaves while others work may abort
     del trainer  # it holds the process group
     leave_peers()
@@ -306,16 +317,17 @@ def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "di
     if not args.train_vision:
         freeze_vision(model)
     peft_config = new_adapter(args, model, add_vusr(processor))
-    if args.checks_shape and hasattr(model, "peft_config") and rank() == 0:
-        print(describe_shape(model))
-    return args.make_trainer(
-        training_args,
-        model=model,
-        processing_class=processor,
-        peft_config=peft_config,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-    )
+    try:
+        return args.make_trainer(
+            training_args,
+            model=model,
+            processing_class=processor,
+            peft_config=peft_config,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+        )
+    except (ValueError, NotImplementedError, ImportError) as error:  # settings that TRL and transformers refuse
+        raise UserError(f"These settings cannot be trained with: {error}") from error
 
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
@@ -323,18 +335,25 @@ def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "di
     parts = _load(args.dataset, args.train_split, kind)
     datasets = {"train": mix(parts, args.dataset_weights, args.oversample, training_args.seed)}
     if training_args.eval_strategy != "no":
-        datasets["eval"] = mix(_load(args.dataset, args.validation_split, kind))
+        datasets["eval"] = mix(_load(args.dataset, args.validation_split, kind, all_have_it=False))
     if args.max_records is not None:
         datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
     return datasets
 
 
-def _load(names: Sequence[str], split: str, kind: str) -> "list[Dataset]":
+def _load(names: Sequence[str], split: str, kind: str, all_have_it: bool = True) -> "list[Dataset]":
     """
     One split of one or several datasets, with the same columns. An id that an earlier dataset has taken gets the
     number of its dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
     """
-    datasets = [load_records(name, split, kind, identify=False) for name in names]
+    datasets, problems = [], Problems()
+    for name in names:
+        with problems.collect():
+            datasets.append(load_records(name, split, kind, identify=False))
+    if all_have_it or not datasets:
+        problems.report()
+    elif problems.messages and rank() == 0:
+        print("Not evaluated on all datasets:", *problems.messages, sep="\n  ")
     if len(datasets) == 1:
         return datasets
     extras = {
@@ -404,7 +423,7 @@ def new_adapter(
 
 def keep_shape(args: Any, model: "PeftModel") -> None:
     """
-    Refuse settings that ask for another shape of an adapter that is trained further.
+    Refuse settings that ask for another shape of an adapter that is trained further, and print its shape.
 
     Args:
         args (dataclass):
@@ -415,31 +434,24 @@ def keep_shape(args: Any, model: "PeftModel") -> None:
     Raises:
         UserError: if one of these is neither the default nor the adapter's own value.
     """
-    own = _shape_of(model)
-    defaults = {item.name: item.default for item in fields(args)}
-    other = [name for name in own if getattr(args, name) not in (defaults[name], own[name])]
-    if other:
-        kept, asked = (", ".join(f"{name} {shape[name]}" for name in other) for shape in (own, vars(args)))
-        raise UserError(
-            f"{args.model_name_or_path} is an adapter with {kept} and keeps it. {asked} would need a new adapter: "
-            "remove the setting, or start from the base model."
-        )
-
-
-def describe_shape(model: "PeftModel") -> str:
-    """Describe the shape of an adapter that is trained further."""
-    own = ", ".join(f"{name} {value}" for name, value in _shape_of(model).items())
-    return f"The adapter keeps its own {own}."
-
-
-def _shape_of(model: "PeftModel") -> dict[str, float]:
     from medst_trl.policy.families import model_parts
 
     name, part_of = model.active_adapter, model_parts(model).part_of
     # Of the layers, not of their weights: under ZeRO-3 those have no shape.
     layers = {part_of(path): layer for path, layer in model.named_modules() if name in getattr(layer, "lora_A", ())}
     prefixes = {"language": "", "vision": "vision_"}
-    shape = {f"{prefix}lora_r": layers[part].r[name] if part in layers else 0 for part, prefix in prefixes.items()}
-    for part, layer in layers.items():
-        shape[f"{prefixes[part]}lora_alpha"] = layer.lora_alpha[name]
-    return shape | ({"lora_dropout": model.peft_config[name].lora_dropout} if layers else {})
+    own = {f"{prefix}lora_r": layers[part].r[name] if part in layers else 0 for part, prefix in prefixes.items()}
+    own |= {f"{prefixes[part]}lora_alpha": layer.lora_alpha[name] for part, layer in layers.items()}
+    own |= {"lora_dropout": model.peft_config[name].lora_dropout} if layers else {}
+    defaults = {item.name: item.default for item in fields(args)}
+
+    def listed(names: Iterable[str], values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {values[name]}" for name in names)
+
+    if other := [name for name in own if getattr(args, name) not in (defaults[name], own[name])]:
+        raise UserError(
+            f"{args.model_name_or_path} is an adapter with {listed(other, own)} and keeps it. "
+            f"{listed(other, vars(args))} would need a new adapter: remove the setting, or start from the base model."
+        )
+    if rank() == 0:
+        print(f"The adapter keeps its own {listed(own, own)}.")

@@ -64,6 +64,8 @@ class DpoArguments(TrainingStageArguments):
             freezes it.
     """
 
+    best_by = ("loss",)
+
     train_vision: bool = True
 
     def make_trainer(self, training_args: "MultimodalDPOConfig", **inputs: Any) -> "MultimodalDPOTrainer":

@@ -57,6 +57,7 @@ class SftArguments(TrainingStageArguments):
             Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
     """
 
+    best_by = ("loss", "loss_answer", "loss_question", "answer_accuracy", "question_accuracy")
     checks_shape = True
 
     lora_dropout: float = 0.05

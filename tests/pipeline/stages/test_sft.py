@@ -79,9 +79,11 @@ def test_settings_that_this_machine_cannot_run_are_refused_before_anything_is_re
         ("{out}", "is not a checkpoint in output_dir"),
         ("{out}/checkpoint-7", "trainer_state.json is missing"),
         ("true", "no complete checkpoint"),
+        ("checkpoint-7", "is not a checkpoint in output_dir"),
     ],
 )
-def test_resume_from_checkpoint_that_cannot_be_resumed_is_refused(inputs, tmp_path, given, problem):
+def test_resume_from_checkpoint_that_cannot_be_resumed_is_refused(inputs, tmp_path, given, problem, monkeypatch):
+    monkeypatch.setattr("medst_trl.policy.loading.load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(UserError, match=problem):
         _run(inputs, tmp_path / "sft", resume_from_checkpoint=given.format(out=tmp_path / "sft"))
     with pytest.raises(UserError, match="overwrite deletes"):
@@ -89,14 +91,15 @@ def test_resume_from_checkpoint_that_cannot_be_resumed_is_refused(inputs, tmp_pa
     assert not (tmp_path / "sft" / "stage.json").exists()
 
 
-def test_an_interrupted_stage_resumes_from_the_given_checkpoint(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("checkpoint", ["{out}/sft/checkpoint-2", "checkpoint-2"])
+def test_an_interrupted_stage_resumes_from_the_given_checkpoint(inputs, tmp_path, monkeypatch, capsys, checkpoint):
     expected, _ = _run(inputs, tmp_path / "uninterrupted", max_steps=4)
     options = {"max_steps": 4, "save_steps": 1}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(_training, "save_result", _interrupt)
         _run(inputs, tmp_path / "sft", **options)
     capsys.readouterr()
-    weights, _ = _run(inputs, tmp_path / "sft", **options, resume_from_checkpoint=tmp_path / "sft" / "checkpoint-2")
+    weights, _ = _run(inputs, tmp_path / "sft", **options, resume_from_checkpoint=checkpoint.format(out=tmp_path))
     assert "Resuming after step 2 of 4." in capsys.readouterr().out
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -109,6 +112,7 @@ def test_a_finished_run_is_skipped_and_a_changed_setting_is_refused(inputs, tmp_
     before, _ = _run(inputs, tmp_path / "sft")
     modified = (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns
     _run(inputs, tmp_path / "sft", logging_steps=1, dataloader_num_workers=1)  # these do not change the result
+    _run(inputs, tmp_path / "sft", report_to="no_such_logger")  # as if it had been trained on another machine
     assert (tmp_path / "sft" / "adapter_model.safetensors").stat().st_mtime_ns == modified
     with pytest.raises(UserError, match="projector_learning_rate"):
         _run(inputs, tmp_path / "sft", projector_learning_rate=1e-5)
@@ -172,6 +176,19 @@ def test_the_best_checkpoint_by_evaluation_loss_is_kept(inputs, tmp_path):
     assert best.name == f"checkpoint-{min(losses, key=losses.get)}" and state["best_metric"] == min(losses.values())
     assert weights.keys() == (kept := load_file(best / "adapter_model.safetensors")).keys()
     assert all(torch.equal(weight, kept[name]) for name, weight in weights.items())
+
+
+def test_only_the_best_checkpoints_are_saved_by_an_accuracy(inputs, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
+    _run(inputs, tmp_path / "sft", metric_for_best_model="answer_accuracy", **settings)
+    state = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(entry.get("eval_answer_accuracy", 0) for entry in state["log_history"])
+    assert list((tmp_path / "sft").glob("checkpoint-*"))
+
+
+def test_settings_that_trl_refuses_are_reported_without_a_traceback(inputs, tmp_path):
+    with pytest.raises(UserError, match="cannot be trained with: .*bogus"):
+        _run(inputs, tmp_path / "sft", eos_token="bogus")
 
 
 def test_early_stopping_without_its_settings_is_refused(inputs, tmp_path):

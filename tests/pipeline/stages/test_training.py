@@ -20,7 +20,6 @@ from medst_trl.pipeline.batch import Batch, accumulation_steps
 from medst_trl.pipeline.stages import _training as training
 from medst_trl.pipeline.stages._training import (
     TrainingStageArguments,
-    describe_shape,
     keep_shape,
     load_splits,
     training_stage,
@@ -33,11 +32,9 @@ from medst_trl.training.settings import SelfQuestioningSettings
 from medst_trl.training.sft import SelfQuestioningConfig
 
 
-def load(*names, max_records=None, eval_strategy="no", weights=None, oversample=False, seed=0, kind="instruct"):
-    args = SimpleNamespace(
-        dataset=list(names), train_split="train", validation_split="validation", max_records=max_records,
-        dataset_weights=weights, oversample=oversample,
-    )  # fmt: skip
+def load(*names, eval_strategy="no", weights=None, oversample=False, seed=0, kind="instruct", **more):
+    args = {"train_split": "train", "validation_split": "validation", "max_records": None} | more
+    args = SimpleNamespace(dataset=list(names), dataset_weights=weights, oversample=oversample, **args)
     return load_splits(args, SimpleNamespace(eval_strategy=eval_strategy, seed=seed), kind)
 
 
@@ -94,12 +91,17 @@ def test_datasets_with_large_strings_can_be_concatenated(tmp_path):
     assert load(first, second)["train"]["id"] == ["r0", "r1", "r5", "r6"]
 
 
-def test_every_dataset_needs_its_split_and_columns(tmp_path):
+def test_every_dataset_needs_its_split_and_columns_and_one_of_them_a_split_to_evaluate(tmp_path, capsys):
     first, second = write_instruct(tmp_path / "a", range(2)), write_instruct(tmp_path / "b", range(2))
-    write_instruct(tmp_path / "a", range(20, 22), split="validation")
-    with pytest.raises(UserError, match="b has no split 'validation'"):
+    with pytest.raises(UserError, match="(?s)a has no split 'validation'.*b has no split 'validation'"):
         load(first, second, eval_strategy="steps")
+    write_instruct(tmp_path / "a", range(20, 22), split="validation")
+    found = load(first, second, eval_strategy="steps")
+    assert found["eval"]["id"] == ["r20", "r21"] and found["train"]["id"] == ["r0", "r1", "r0@2", "r1@2"]
+    assert "b has no split 'validation'" in capsys.readouterr().out
     assert load(first, eval_strategy="steps")["eval"]["id"] == ["r20", "r21"]
+    with pytest.raises(UserError, match="b has no split 'dev'"):
+        load(first, second, train_split="dev")
     bare = tmp_path / "c"
     bare.mkdir()
     Dataset.from_list([{"id": "x"}]).to_parquet(bare / "train-00000-of-00001.parquet")
@@ -124,7 +126,7 @@ def check(**changes):
         {"lora_r": -4}, {"vision_lora_r": -1}, {"lora_dropout": 2.0}, {"lora_dropout": -0.1}, {"max_records": 0},
         {"max_length": 0}, {"max_length": -5}, {"sq_ratio": 1.5}, {"learning_rate": float("nan")},
         {"learning_rate": -1e-4}, {"learning_rate": float("inf")}, {"num_train_epochs": 0}, {"num_train_epochs": -1},
-        {"dtype": "float8"}, {"vusr_role": "bogus"},
+        {"dtype": "float8"}, {"vusr_role": "bogus"}, {"seed": -1}, {"metric_for_best_model": "accuracy"},
     ],
     ids=str,
 )  # fmt: skip
@@ -157,6 +159,21 @@ def test_settings_within_bounds_pass():
     check(num_train_epochs=0, max_steps=5)
 
 
+@pytest.mark.parametrize("setting", [{"save_strategy": "best"}, {"eval_on_start": True}], ids=str)
+def test_settings_that_evaluate_need_evaluations(setting):
+    with pytest.raises(UserError, match="set eval_strategy"):
+        check(eval_strategy="no", **setting)
+    check(eval_strategy="steps", **setting)
+
+
+def test_the_best_checkpoint_has_the_smallest_loss(tmp_path):
+    args = SelfQuestioningConfig(output_dir=str(tmp_path), save_strategy="best", report_to="none")
+    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
+    for metric, greater in (("eval_loss_answer", False), ("answer_accuracy", True)):
+        args = MultimodalDPOConfig(output_dir=str(tmp_path), metric_for_best_model=metric, report_to="none")
+        assert args.greater_is_better == greater
+
+
 def test_every_bound_belongs_to_an_existing_setting():
     known = [set(kind.__dataclass_fields__) for kind in (SftArguments, SelfQuestioningConfig)]
     known += [set(kind.__dataclass_fields__) for kind in (DpoArguments, MultimodalDPOConfig)]
@@ -178,13 +195,13 @@ def test_the_default_adapter_settings_match_the_stage():
     assert settings == {name: SftArguments.__dataclass_fields__[name].default for name in settings}
 
 
-def test_a_continued_adapter_keeps_its_shape():
+def test_a_continued_adapter_keeps_its_shape(capsys):
     model, _ = tiny_dpo.adapter_policy()
-    message = describe_shape(model)
-    for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
-        assert own in message
     for same in (Arguments(), Arguments(lora_r=8, vision_lora_alpha=8, lora_dropout=0.0)):
         keep_shape(same, model)
+        message = capsys.readouterr().out
+        for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
+            assert own in message
 
 
 @pytest.mark.parametrize("other", [{"lora_r": 16}, {"vision_lora_r": 0}, {"lora_alpha": 8}, {"lora_dropout": 0.1}])
@@ -195,11 +212,11 @@ def test_another_adapter_shape_is_refused(other):
         keep_shape(replace(Arguments(), **other), model)
 
 
-def test_a_projector_without_lora_keeps_its_shape():
+def test_a_projector_without_lora_keeps_its_shape(capsys):
     model, _ = tiny_run.small_policy()
     model = get_peft_model(model, adapter_config(model, r=0, vision_r=0))
     keep_shape(Arguments(), model)
-    assert describe_shape(model).endswith("lora_r 0, vision_lora_r 0.")
+    assert capsys.readouterr().out.endswith("lora_r 0, vision_lora_r 0.\n")
     with pytest.raises(UserError, match="lora_r 0 and keeps it"):
         keep_shape(Arguments(lora_r=8), model)
 
