@@ -206,7 +206,7 @@ def _check(step: Step) -> None:
 
     if not step.stage.trains:  # TrainingArguments takes a GPU, and sets variables that launchers would inherit
         stage_arguments(step)
-    elif not step.is_finished and (missing := missing_packages(step)):
+    elif missing := missing_packages(step):
         raise UserError("\n".join(missing))
 
 

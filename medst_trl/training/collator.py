@@ -3,19 +3,23 @@
 """TRL's vision collator, plus the questions: labels on answers and, in `<vusr>` turns, on the questions too."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.source import BadRecord
 from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
-from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of
+from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of, length_counter
 from .images import DecodesImages, UnreadableImage, image_size, with_decoded_images
 from .packing import pack
+from .rejected import UsableExamples, usable_examples
 
 
 @dataclass
@@ -34,7 +38,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
 
     Each example has `messages` (role and content, optionally `vusr: true` on user turns that are always asked),
     `images` (a list, may be empty, decoded or as `datasets` stores them) and `id` (a hash of the text if missing).
-    Prompt-completion examples go to TRL's collator.
+    With `prompt` and `completion` instead of `messages`, only the answers of the completion are targets.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -126,24 +130,19 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
             if aspect_ratio_error(map(image_size, decoded["images"])):
                 rejected[id_of(example)] = EXTREME_ASPECT_RATIO
             else:
-                readable.append(decoded)
-        batch = super().torch_call(readable) if readable else self._collate_language_modeling([])
+                readable.append(self._conversation(decoded))
+        batch = self._collate(readable)
         if rejected:
             batch["rejected"] = batch.get("rejected", {}) | rejected
         return batch
 
-    def _collate_prompt_completion(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._collate_prompt_completion(examples)
-        batch["question_mask"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        return batch
-
-    def _collate_language_modeling(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        all_conversations = [self._conversation(example) for example in examples]
+    def _collate(self, all_conversations: list[ImageConversation]) -> dict[str, Any]:
         conversations = [conversation for conversation in all_conversations if _targets(conversation)]
         rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
         truncated = set()
         while conversations:
             batch, spans, rendered = encode(self.processor, conversations, self.pad_to_multiple_of)
+            spans = [row[-len(_targets(c)) :] for row, c in zip(spans, conversations, strict=True)]
             fitting = [self._fit(*row) for row in zip(conversations, spans, strict=True)]
             if fitting == conversations:
                 break
@@ -164,9 +163,10 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         return batch
 
     def _conversation(self, example: dict[str, Any]) -> ImageConversation:
-        conversation = as_conversation(example, example["messages"])
-        asked = self.asked_turns(conversation.id, conversation.messages)
-        conversation = replace(conversation, asked=asked)
+        conversation = as_conversation(example)
+        if conversation.prompt_length == 0:
+            asked = self.asked_turns(conversation.id, conversation.messages)
+            conversation = replace(conversation, asked=asked)
         # a last unanswered question trains nothing
         return _until(conversation, max(_targets(conversation), default=-1) + 1)
 
@@ -191,10 +191,43 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
                 batch[name] = batch[name][:, : self.max_length]
 
 
+def usable_conversations(
+    dataset: Any, collator: DataCollatorForSelfQuestioning, name: str = "train"
+) -> UsableExamples:
+    """Reject the conversations that cannot be trained on, see [`usable_examples`]."""
+    check = _conversation_check(collator)
+    return usable_examples(dataset, check, collator.max_length, name)
+
+
+def _conversation_check(collator: DataCollatorForSelfQuestioning) -> Callable[[dict[str, Any]], tuple[int, bool]]:
+    """Check a conversation as if every turn that can be asked were asked, which makes it longest."""
+    longest = replace(collator, packing=None, sq_ratio=float(collator.sq_ratio > 0))
+    max_length, length_of = collator.max_length, length_counter(collator.processor)
+
+    def check(example: dict[str, Any]) -> tuple[int, bool]:
+        try:
+            conversation = longest._conversation(example)
+        except (UserError, KeyError, TypeError) as error:
+            raise BadRecord("malformed", str(error)) from error
+        if not _targets(conversation):
+            raise BadRecord("nothing_to_train")
+        length, estimate = length_of(example)
+        # Most conversations are far from the limit. The others are processed with blank images.
+        if max_length is None or 1.25 * estimate + 16 * len(conversation.messages) + 100 <= max_length:
+            return length, False
+        blank = [Image.new("RGB", size) for size in conversation.images]
+        batch = longest._collate([replace(conversation, images=blank)])
+        if "rejected" in batch:
+            raise BadRecord("too_long")
+        return min(length, max_length), "truncated" in batch
+
+    return check
+
+
 def _targets(conversation: ImageConversation) -> list[int]:
     """Indices of the messages that are training targets, in order."""
-    asked, messages = conversation.asked, conversation.messages
-    return [index for index, message in enumerate(messages) if index in asked or message["role"] == "assistant"]
+    asked, messages = conversation.asked, list(enumerate(conversation.messages))[conversation.prompt_length :]
+    return [index for index, message in messages if index in asked or message["role"] == "assistant"]
 
 
 def _until(conversation: ImageConversation, end: int) -> ImageConversation:

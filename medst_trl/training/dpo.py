@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError, closest
@@ -23,7 +23,7 @@ from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_r
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import PrecomputesReference, cache_of_reference, sharing_weights
-from .rejected import datasets_by_name
+from .rejected import UsableExamples
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
@@ -70,8 +70,9 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`], and losses registered in `LOSSES`. The reference is the
     policy at the start: a frozen copy of an adapter that is trained further, in all its parts (LoRA, projector,
     `<vusr>` row); the model alone under a new adapter; a copy of the whole model without an adapter. Pairs that cannot
-    be used are rejected before the first step: see `pairs` for the training set, and `rejected_records` for the reason
-    of each pair by id (`eval/ID` in an evaluation set, `eval_NAME/ID` in one of several). Further metrics are the mean
+    be used are rejected before the first step: `pairs` are those of the training set that are left, and
+    `rejected_records` has the reason of each other pair by id (`eval/ID` in an evaluation set, `eval_NAME/ID` in one
+    of several), as has `rejected.jsonl` in `output_dir`. Further metrics are the mean
     answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much
     more likely the answers are than under the reference, in nats. A warning is logged when the chosen answers become
     less likely too (likelihood displacement).
@@ -110,9 +111,6 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        datasets = datasets_by_name(train_dataset, eval_dataset)
-        _refuse_streams(datasets)
-        datasets = {name: _in_our_columns(dataset) for name, dataset in datasets.items()}
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -120,7 +118,11 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         given = kwargs.pop("ref_model", None)
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
-        evaluation = self._reject_pairs(datasets, processing_class, args.max_length)
+
+        def find_usable(dataset: Any, name: str) -> UsableExamples:
+            return usable_pairs(_as_pairs(dataset, name), processing_class, args.max_length, name)
+
+        train_dataset, eval_dataset = self.reject_examples(train_dataset, eval_dataset, find_usable)
         precomputes = args.precompute_ref_log_probs
         cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None
         args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
@@ -129,8 +131,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
                 model=model,
                 ref_model=reference,
                 args=args,
-                train_dataset=self.pairs.dataset,
-                eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation.get("eval"),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 data_collator=collator,
                 **kwargs,
@@ -149,20 +151,9 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         if precomputes:
             self.precompute_reference(cache)
 
-    def _reject_pairs(
-        self, datasets: dict[str, Dataset], processor: ProcessorMixin, max_length: int | None
-    ) -> dict[str, Dataset]:
-        """Find the usable pairs of all sets, and return those of the evaluation sets by name."""
-        self.all_pairs = {name: usable_pairs(pairs, processor, max_length, name) for name, pairs in datasets.items()}
-        self.pairs = self.all_pairs["train"]
-        self.train_lengths = self.pairs.lengths
-        self.rejected_records = {
-            record if pairs is self.pairs else f"{name}/{record}": reason
-            for name, pairs in self.all_pairs.items()
-            for record, reason in pairs.rejected_records.items()
-        }
-        evaluation = {name: pairs.dataset for name, pairs in self.all_pairs.items() if pairs is not self.pairs}
-        return {name.removeprefix("eval_"): dataset for name, dataset in evaluation.items()}
+    @property
+    def pairs(self) -> UsableExamples:
+        return self.usable["train"]
 
     def _share_prefix(self) -> None:
         """Let policy and reference read both answers after one prompt, or warn of the obstacle."""
@@ -265,16 +256,11 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def _in_our_columns(dataset: Dataset) -> Dataset:
+def _as_pairs(dataset: Any, name: str) -> Dataset:
     """TRL's other forms of pairs in ours, see [`conform`]; what a collator of its own may read stays as it is."""
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "
+            "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
+        )
     return dataset if missing_columns(dataset.features, "preferences") else conform(dataset, "preferences")
-
-
-def _refuse_streams(datasets: dict[str, Any]) -> None:
-    """Refuse pairs that cannot all be checked before the first step."""
-    for name, dataset in datasets.items():
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "
-                "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
-            )

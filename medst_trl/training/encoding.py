@@ -6,29 +6,26 @@ Both collators use this, so that a prompt has the same tokens in both stages.
 """
 
 import bisect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.trainer_utils import has_length
 from trl.data_utils import prepare_multimodal_messages
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import to_8_bit
-from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.families import aspect_ratio_error, tested_families
+from medst_trl.data.schema import text_of
+from medst_trl.policy.families import tested_families
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
-from .images import UnreadableImage, image_size, images_of
+from .images import images_of
 
 
-UNREADABLE_SIDE = 224  # pixels, assumed for an image that cannot be used; the collator rejects its example
 IGNORED = -100  # label of a token that is no target
 # Inputs with one entry per token, truncated together.
 TOKEN_INPUTS = (
@@ -47,12 +44,14 @@ class ImageConversation:
         messages (`list[dict]`): Messages whose content is a list of typed parts; image parts hold no image.
         images (`list[PIL.Image.Image]`): The images in the order of the image parts, in mode RGB.
         asked (`frozenset[int]`): Indices of the user messages that are `<vusr>` turns.
+        prompt_length (`int`): Number of messages at the beginning that are no targets.
     """
 
     id: str
     messages: list[dict[str, Any]]
     images: list[Image.Image]
     asked: frozenset[int] = frozenset()
+    prompt_length: int = 0
 
 
 class Encoded(NamedTuple):
@@ -71,13 +70,21 @@ class Encoded(NamedTuple):
     rendered: list[RenderedConversation]
 
 
-def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> ImageConversation:
+def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]] | None = None) -> ImageConversation:
     """
-    An example's `messages` with its `images` (or `image`) and its `id` (a hash of the text if it has none).
+    An example's messages with its `images` (or `image`) and its `id` (a hash of the text if it has none).
+
+    Args:
+        example (`dict`):
+            The example.
+        messages (`list[dict]`, *optional*):
+            Default: its `messages`, or `prompt` and `completion`.
 
     Raises:
         UserError: if images and image parts differ in number.
     """
+    prompt = example["prompt"] if messages is None and "messages" not in example else []
+    messages = messages or example.get("messages") or [*prompt, *example["completion"]]
     images = [to_8_bit(x).convert("RGB") if getattr(x, "mode", "RGB") != "RGB" else x for x in images_of(example)]
     example_id = id_of(example, messages)
     plain = []
@@ -93,7 +100,7 @@ def as_conversation(example: dict[str, Any], messages: list[dict[str, Any]]) -> 
         {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
         for message in prepared
     ]
-    return ImageConversation(example_id, bare, images)
+    return ImageConversation(example_id, bare, images, prompt_length=len(prompt))
 
 
 def id_of(example: dict[str, Any], messages: list[dict[str, Any]] | None = None) -> str:
@@ -150,52 +157,32 @@ def tokens_without_images(
     return [(ids, _token_spans(conversation, torch.tensor(offsets), [])[-1]) for ids, offsets, conversation in rows]
 
 
-def conversation_lengths(
-    dataset: Dataset, processor: ProcessorMixin, max_length: int | None = None
-) -> list[int] | None:
+def length_counter(processor: ProcessorMixin) -> Callable[[dict[str, Any]], tuple[int, int]]:
     """
-    Approximate number of tokens of each conversation, at the cost of one tokenization. No image is decoded.
+    Return a function that counts the tokens of a conversation approximately, at the cost of one tokenization.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Conversations, see [`DataCollatorForSelfQuestioning`].
-        processor ([`~transformers.ProcessorMixin`]):
-            Processor prepared by [`add_vusr`].
-        max_length (`int`, *optional*):
-            Longest conversation.
-
-    Returns:
-        `list[int]` or `None`: The lengths, without `<vusr>` tokens, which are drawn later; `None` if the data is not a
-        dataset with a length.
-
-    Raises:
-        UserError: if an example's images and placeholders differ in number, or the template cannot render it.
+    Its argument is an example with the sizes of its images in their place. It returns the number of tokens without
+    `<vusr>` tokens, which are drawn later, and an estimate of it with all image tokens. The first is that of the text
+    alone if the processor cannot count image tokens: enough to group by.
     """
-    if not has_length(dataset) or isinstance(dataset, dict):
-        return None
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
 
     @cache
-    def image_tokens(height: int, width: int) -> int:
-        count = getattr(processor, "_get_num_multimodal_tokens", None)
-        # Without it, images are read by cross-attention, or the length is that of the text: enough to group by.
-        return count(image_sizes=[(height, width)])["num_image_tokens"][0] if count is not None else 0
+    def image_tokens(width: int, height: int) -> int:
+        if count is not None:
+            return count(image_sizes=[(height, width)])["num_image_tokens"][0]
+        message = {"role": "user", "content": [{"type": "image"}]}
+        blank = ImageConversation("", [message], [Image.new("RGB", (width, height))])
+        return encode(processor, [blank]).batch["input_ids"].shape[1]
 
-    lengths = []
-    for example in with_stored_images(dataset):
-        messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
-        conversation = as_conversation(example, messages)
+    def length_of(example: dict[str, Any]) -> tuple[int, int]:
+        conversation = as_conversation(example)
         text = render_conversation(processor, conversation.messages).text
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        for image in conversation.images:
-            try:
-                width, height = image_size(image)
-                if aspect_ratio_error([(width, height)]):
-                    raise UnreadableImage
-            except UnreadableImage:  # the collator rejects its example
-                width, height = UNREADABLE_SIDE, UNREADABLE_SIDE
-            length += image_tokens(height, width)
-        lengths.append(length if max_length is None else min(length, max_length))
-    return lengths
+        estimate = length + sum(image_tokens(*size) for size in conversation.images)
+        return length if count is None else estimate, estimate
+
+    return length_of
 
 
 def _check_offsets(

@@ -6,36 +6,27 @@ Pairs that cannot be trained on are rejected before the first step, at the cost 
 batches, as in stage 1, would leave ranks with batches of different size, which TRL gathers as if they were equal.
 """
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import ne
 from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import pad
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import text_of, with_stored_images
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
+from medst_trl.data.schema import text_of
+from medst_trl.data.source import BadRecord
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
-from .images import DecodesImages, UnreadableImage, check_image, images_of, with_decoded_images, with_images
+from .images import DecodesImages, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
-from .rejected import check_rejected
-
-
-PAIR_REJECTION_REASONS = {
-    "chosen_equals_rejected": "both answers say the same, so there is nothing to prefer",
-    "malformed": "prompt, answers and images do not make a conversation",
-    "unreadable_image": "one of its images is missing, truncated or of an unknown format",
-    EXTREME_ASPECT_RATIO: "one of its images is too narrow for the model's processor",
-    "too_long": "after its prompt and image, less than half of an answer fits into max_length={max_length} tokens",
-}
+from .rejected import UsableExamples, usable_examples
 
 
 @dataclass
@@ -165,86 +156,37 @@ def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation
     return as_conversation(example, [*example["prompt"], *answer])
 
 
-@dataclass(frozen=True)
-class UsablePairs:
-    """
-    Preference pairs that can be trained on, and why the others cannot.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): Pairs that can be trained on.
-        rejected_records (`dict[str, str]`): The reason of each other pair, by id (or index).
-        truncated (`int`): Number of pairs in the dataset with an answer that is truncated at `max_length`.
-        lengths (`list[int]`): Tokens of each pair of the dataset, its prompt counted once.
-    """
-
-    dataset: Dataset
-    rejected_records: dict[str, str]
-    truncated: int
-    lengths: list[int]
-
-
 def usable_pairs(
     dataset: Dataset, processor: ProcessorMixin, max_length: int | None, name: str = "train"
-) -> UsablePairs:
+) -> UsableExamples:
     """
-    Reject the pairs that cannot be trained on.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Preference pairs, see [`DataCollatorForMultimodalPreference`].
-        processor ([`~transformers.ProcessorMixin`]):
-            Processor prepared by [`add_vusr`].
-        max_length (`int` or `None`):
-            Longest sequence in tokens, image tokens included.
-        name (`str`, *optional*, defaults to `"train"`):
-            What the dataset is called in messages.
-
-    Returns:
-        [`UsablePairs`]
-
-    Raises:
-        UserError: if none is left.
+    Reject the pairs that cannot be trained on, see [`usable_examples`]: also those with equal answers, and those of
+    which less than half of an answer fits into `max_length`.
     """
-    kept, lengths, reasons, truncated, image_tokens = [], [], {}, 0, {}
-    for place, example in enumerate(tqdm(with_stored_images(dataset), "checking pairs", unit="pair", disable=None)):
-        reason, answers = _check_pair(example, processor, max_length, image_tokens)
-        if reason is None:
-            kept.append(place)
-            ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
-            lengths.append(sum(ends) - answers[0].start)
-            truncated += any(end < answer.end for end, answer in zip(ends, answers, strict=True))
-        else:
-            reasons[str(example.get("id") or place)] = reason
-    counts = Counter(reasons.values())
-    check_rejected("preference pair", name, len(kept), counts, PAIR_REJECTION_REASONS, max_length)
-    return UsablePairs(dataset.select(kept) if reasons else dataset, reasons, truncated, lengths)
+    return usable_examples(dataset, _pair_check(processor, max_length), max_length, name)
 
 
-def _check_pair(
-    example: dict[str, Any], processor: ProcessorMixin, max_length: int | None, image_tokens: dict[tuple, int]
-) -> tuple[str | None, list[Span]]:
-    """Why a pair cannot be trained on, or `None` and the spans of its answers in their rows."""
-    try:
-        sizes = [check_image(image) for image in images_of(example)]
-    except UnreadableImage:
-        return "unreadable_image", []
-    if aspect_ratio_error(sizes):
-        return EXTREME_ASPECT_RATIO, []
-    try:
-        pair = [pair_as_conversation(with_images(example, sizes), key) for key in ("chosen", "rejected")]
-    except (UserError, KeyError, TypeError):
-        return "malformed", []
-    if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
-        return "chosen_equals_rejected", []
-    rendered = [render_conversation(processor, conversation.messages) for conversation in pair]
-    answers = [answer for _, answer in tokens_without_images(processor, rendered)]
-    # What images add before an answer depends on their sizes alone, so one blank pair is enough for each.
-    if (key := tuple(sizes)) not in image_tokens:
-        blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
-        answer = encode(processor, [blank]).spans[0][-1]
-        image_tokens[key] = answer.start - answers[0].start
-    answers = [Span(*(place + image_tokens[key] for place in answer[:2]), False) for answer in answers]
-    # The middle of an answer is beyond the limit, or all of it.
-    if max_length is not None and any(answer.start + answer.end > 2 * max_length for answer in answers):
-        return "too_long", []
-    return None, answers
+def _pair_check(processor: ProcessorMixin, max_length: int | None) -> Callable[[dict[str, Any]], tuple[int, bool]]:
+    image_tokens = {}
+
+    def check(example: dict[str, Any]) -> tuple[int, bool]:
+        try:
+            pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
+        except (UserError, KeyError, TypeError) as error:
+            raise BadRecord("malformed", str(error)) from error
+        if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
+            raise BadRecord("chosen_equals_rejected")
+        rendered = [render_conversation(processor, conversation.messages) for conversation in pair]
+        answers = [answer for _, answer in tokens_without_images(processor, rendered)]
+        # What images add before an answer depends on their sizes alone, so one blank pair is enough for each.
+        if (sizes := tuple(pair[0].images)) not in image_tokens:
+            blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
+            image_tokens[sizes] = encode(processor, [blank]).spans[0][-1].start - answers[0].start
+        answers = [Span(*(place + image_tokens[sizes] for place in answer[:2]), False) for answer in answers]
+        # The middle of an answer is beyond the limit, or all of it.
+        if max_length is not None and any(answer.start + answer.end > 2 * max_length for answer in answers):
+            raise BadRecord("too_long")
+        ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
+        return sum(ends) - answers[0].start, any(map(ne, ends, (answer.end for answer in answers)))
+
+    return check

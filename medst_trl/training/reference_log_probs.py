@@ -219,8 +219,8 @@ class DataCollatorWithReference(DecodesImages):
 
 class PrecomputesReference:
     """
-    Mixin for a [`~trl.DPOTrainer`] whose reference reads all pairs before the first step. The trainer has `all_pairs`:
-    the [`UsablePairs`] of each dataset by name.
+    Mixin for a [`~trl.DPOTrainer`] whose reference reads all pairs before the first step. The trainer has `usable`:
+    the [`UsableExamples`] of each dataset by name.
     """
 
     def precompute_reference(self, cache: "ReferenceCache") -> None:
@@ -237,8 +237,8 @@ class PrecomputesReference:
         Raises:
             UserError: if a log-probability is not finite.
         """
-        datasets = [of_set.dataset for of_set in self.all_pairs.values()]
-        lengths = [length for of_set in self.all_pairs.values() for length in of_set.lengths]
+        datasets = [of_set.dataset for of_set in self.usable.values()]
+        lengths = [length for of_set in self.usable.values() for length in of_set.lengths]
         # With the columns that the collator gets in training.
         pairs = ConcatDataset([with_stored_images(self._remove_unused_columns(dataset)) for dataset in datasets])
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes

@@ -1,168 +1,132 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rejected examples: why they are, what is refused before the first step because of them, and `rejected.jsonl`.
-"""
+"""Reject examples that cannot be trained on, before the first step."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from itertools import chain
-from math import ceil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
 from transformers.trainer_utils import has_length
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import read_jsonl, write_jsonl
+from medst_trl.base.files import write_jsonl
 from medst_trl.base.processes import rank
 from medst_trl.data.schema import with_stored_images
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO
+from medst_trl.data.source import BadRecord, Rejected
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 
-from .collator import DataCollatorForSelfQuestioning
+from .images import UnreadableImage, check_image, images_of, with_images
 
 
 logger = logging.getLogger(__name__)
 
-MANY = 0.2  # fraction of rejected examples above which there is a warning
-CHECKED = 100  # conversations that are collated before the first step
+WARN_ABOVE = 0.2  # fraction of rejected examples
 
 REJECTION_REASONS = {
-    "too_long": "with its image, not even its first answer fits into max_length={max_length} tokens",
-    "unreadable_image": "one of its images is missing, truncated, or of an unknown format",
-    EXTREME_ASPECT_RATIO: "one of its images is too narrow for the model's processor",
-    "nothing_to_train": "it has neither an answer nor a question that can be asked",
+    "unreadable_image": "an image is missing, truncated or of an unknown format",
+    EXTREME_ASPECT_RATIO: "an image is too narrow for the model's processor",
+    "malformed": "messages and images do not make a conversation",
+    "nothing_to_train": "no answer, and no question that can be asked",
+    "chosen_equals_rejected": "both answers say the same",
+    "too_long": "too little of the answers fits into max_length={max_length} tokens, with prompt and image",
 }
 
 
-def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
-    """The datasets by name: `train`, and `eval` or `eval_NAME` for each of several in a `dict`."""
-    datasets = {"train": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval"] = eval_dataset
-    return datasets
-
-
-def check_conversations(dataset: Any, collator: Any, name: str) -> None:
+@dataclass(frozen=True)
+class UsableExamples:
     """
-    Refuse a dataset of which no conversation can be trained on, and warn if many are rejected.
+    Examples that can be trained on, and why the others cannot.
 
-    It collates up to 100 conversations, spread over the dataset or the first ones of a stream, and more only until one
-    can be trained on.
+    Args:
+        dataset ([`~datasets.Dataset`]): Examples that can be trained on.
+        rejected_records (`dict[str, str]`): The reason of each other example, by id (or index).
+        truncated (`int`): Number of examples in the dataset that are truncated at `max_length`.
+        lengths (`list[int]`): Tokens of each example of the dataset, a pair's prompt counted once.
+    """
+
+    dataset: Any
+    rejected_records: dict[str, str]
+    truncated: int
+    lengths: list[int]
+
+
+def usable_examples(
+    dataset: Any,
+    check: Callable[[dict[str, Any]], tuple[int, bool]],
+    max_length: int | None,
+    name: str = "train",
+) -> UsableExamples:
+    """
+    Reject the examples that cannot be trained on, with a warning if they are more than a fifth.
+
+    A stream is read up to the first usable example and returned whole. The collator must reject its other examples.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Conversations.
-        collator ([`DataCollatorForSelfQuestioning`]):
-            The collator that rejects them. What another one rejects is not known.
-        name (`str`):
+            Examples, see the collators.
+        check (`Callable`):
+            Returns the number of tokens of an example, which has the sizes of its images in their place, and whether
+            it is truncated. Raises [`BadRecord`] if it cannot be trained on.
+        max_length (`int` or `None`):
+            Longest sequence in tokens, image tokens included.
+        name (`str`, *optional*, defaults to `"train"`):
             What the dataset is called in messages.
 
     Raises:
-        UserError: if none can be trained on.
+        UserError: if none is left.
     """
-    if not isinstance(collator, DataCollatorForSelfQuestioning):
-        return
-    rows, spread = with_stored_images(dataset), range(CHECKED)
-    examples = rows
-    if has_length(rows):
-        spread = range(0, len(rows), max(1, ceil(len(rows) / CHECKED)))
-        examples = (rows[place] for place in dict.fromkeys(chain(spread, range(len(rows)))))
-    collator, kept, rejected = collator.for_evaluation(), 0, Counter()
-    for number, example in enumerate(examples, 1):
-        rejected.update(collator([example]).get("rejected", {}).values())
-        kept = number - rejected.total()
-        if kept and number >= len(spread):
-            break
-    check_rejected("conversation", name, kept, rejected, REJECTION_REASONS, collator.max_length)
+    kept, lengths, reasons, problems, truncated, is_stream = [], [], {}, [], 0, not has_length(dataset)
+    rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream else None)
+    for place, example in enumerate(rows):
+        try:
+            length, is_truncated = check(_with_sizes(example))
+        except BadRecord as error:
+            reasons[str(example.get("id") or place)] = error.reason
+            problems += filter(None, [error.value])
+            continue
+        kept.append(place)
+        lengths.append(length)
+        truncated += is_truncated
+        if is_stream:
+            return UsableExamples(dataset, {}, 0, [])
+    _report(name, len(kept), Counter(reasons.values()), max_length, problems)
+    if reasons:
+        dataset = dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+    return UsableExamples(dataset, reasons, truncated, lengths)
 
 
-def check_rejected(
-    what: str, name: str, kept: int, rejected: Counter[str], reasons: Mapping[str, str], max_length: int | None
-) -> None:
-    """
-    Refuse a dataset without a usable example, and warn if more than a fifth of those checked are rejected.
+def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
+    """The example with the sizes of its images in their place."""
+    try:
+        sizes = [check_image(image) for image in images_of(example)]
+    except UnreadableImage as error:
+        raise BadRecord("unreadable_image") from error
+    if aspect_ratio_error(sizes):
+        raise BadRecord(EXTREME_ASPECT_RATIO)
+    return with_images(example, sizes)
 
-    Args:
-        what (`str`): What an example is called.
-        name (`str`): What the dataset is called.
-        kept (`int`): Number of usable examples.
-        rejected (`Counter`): Number of the others by reason.
-        reasons (`dict[str, str]`): The reasons in words.
-        max_length (`int` or `None`): Longest sequence in tokens.
 
-    Raises:
-        UserError: if none is usable.
-    """
-    found = [f"{rejected[key]} because {why}" for key, why in reasons.items() if rejected[key]] or ["it is empty"]
-    why = "; ".join(found).format(max_length=max_length) + "."
-    advice = " Raise max_length." if rejected["too_long"] else ""
+def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problems: list[str]) -> None:
+    """Refuse a dataset without a usable example, and warn if many are rejected."""
+    total = kept + counts.total()
+    found = [f"{counts[key]} {key} ({text})" for key, text in REJECTION_REASONS.items() if counts[key]]
+    why = " ".join([f"{', '.join(found) or 'it is empty'}.".format(max_length=max_length), *problems[:1]])
+    why += " Raise max_length." if counts["too_long"] else ""
     if not kept:
-        raise UserError(f"No {what} of the {name} dataset can be used: {why}{advice}")
-    share = rejected.total() / (kept + rejected.total())
-    if share > MANY and rank() == 0:
-        logger.warning(f"{share:.0%} of the {what}s checked in the {name} dataset are rejected: {why}{advice}")
+        raise UserError(f"No example of the {name} dataset can be used: {why}")
+    if counts.total() > WARN_ABOVE * total and rank() == 0:
+        logger.warning(f"{counts.total()} of the {total} examples in the {name} dataset are rejected: {why}")
 
 
-class RejectedExamples(TrainerCallback):
-    """
-    Collects the training examples that the collator rejects, in `rejected.jsonl` of the output directory, and counts
-    truncated ones.
-
-    The collator rejects them during training, again in every epoch, because the data may be a stream that cannot be
-    checked before. Each is listed once. The file is updated with each checkpoint, so it is complete after a resumed
-    run.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            To gather the ids of all ranks.
-        max_length (`int` or `None`):
-            Longest sequence in tokens.
-    """
-
-    def __init__(self, accelerator: Accelerator, max_length: int | None):
-        self.accelerator = accelerator
-        self.max_length = max_length
-        self.reasons: dict[str, str] = {}
-        self.truncated: set[str] = set()
-
-    def add(self, rejected: Mapping[str, str], truncated: Iterable[str]) -> None:
-        """Add examples of this rank, with a warning the first time that one is rejected."""
-        for example_id, reason in rejected.items():
-            if example_id not in self.reasons:
-                why = REJECTION_REASONS[reason].format(max_length=self.max_length)
-                logger.warning(f"Record {example_id!r} is rejected: {why}.")
-        self.reasons |= rejected
-        self.truncated.update(truncated)
-
-    def on_save(self, args, state, control, **kwargs):
-        self.write(Path(args.output_dir))
-
-    on_train_end = on_save
-
-    def write(self, directory: Path) -> dict[str, int]:
-        """
-        Write `rejected.jsonl`, keeping what an earlier part of the run wrote. To be called on every rank.
-
-        Returns:
-            `dict[str, int]`: The number of examples by reason.
-        """
-        reasons = dict(gather_object(list(self.reasons.items())))
-        path = directory / "rejected.jsonl"
-        reasons = {row["id"]: row["reason"] for row in read_jsonl(path)} | reasons
-        if reasons and self.accelerator.is_main_process:
-            values = {"too_long": f"max_length={self.max_length}"}
-            rows = ({"id": key, "reason": why, "value": values.get(why, "")} for key, why in sorted(reasons.items()))
-            write_jsonl(path, rows)
-        counts = Counter(reasons.values())
-        return {reason: counts[reason] for reason in REJECTION_REASONS if counts[reason]}
-
-    def count_truncated(self) -> int:
-        """Number of examples truncated at `max_length` on any rank. To be called on every rank."""
-        return len(set(gather_object(sorted(self.truncated))))
+def write_rejected(directory: Path, reasons: dict[str, str], max_length: int | None) -> None:
+    """Write `rejected.jsonl` in a directory, if there are rejected examples."""
+    values = {"too_long": f"max_length={max_length}"}
+    if reasons:
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = (Rejected(name, reason, values.get(reason, "")) for name, reason in reasons.items())
+        write_jsonl(directory / "rejected.jsonl", (row.as_row() for row in rows))

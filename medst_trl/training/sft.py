@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.families import base_of
 
-from .collator import DataCollatorForSelfQuestioning
-from .encoding import conversation_lengths
+from .collator import DataCollatorForSelfQuestioning, usable_conversations
 from .images import check_has_images
 from .packing import packing_cost, rope_positions
-from .rejected import RejectedExamples, check_conversations, datasets_by_name
 from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer
 from .upstream import fused_outputs
@@ -54,7 +52,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
 
     Everything is TRL's [`~trl.SFTTrainer`] except the collator, the learning rates of vision tower and projector, and
     the metrics `loss_question`, `loss_answer`, `question_tokens`, `answer_tokens`, `question_accuracy` and
-    `answer_accuracy`.
+    `answer_accuracy`. Conversations that cannot be trained on are rejected before the first step: `rejected_records`
+    has the reason of each by id (`eval/ID` in an evaluation set), and `rejected.jsonl` in `output_dir` lists them.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -62,11 +61,11 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         args ([`SelfQuestioningConfig`]):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `messages`, `images` (with empty lists for text alone) and `id`.
+            Columns `messages` (or `prompt` and `completion`), `images` (with empty lists for text alone) and `id`.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor, required with a loaded model.
         **kwargs:
-            Further arguments of [`~trl.SFTTrainer`], such as `eval_dataset`, `peft_config` (see [`adapter_config`]),
+            Further arguments of [`~trl.SFTTrainer`], such as `peft_config` (see [`adapter_config`]),
             `callbacks`, `data_collator`.
 
     Example:
@@ -86,7 +85,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
     _tag_names = ["trl", "sft", "medst_trl", "self-questioning"]  # noqa: RUF012 (as in TRL)
     _name = "Self-questioning SFT"
 
-    def __init__(self, model, args: SelfQuestioningConfig, *, train_dataset, processing_class=None, **kwargs):
+    def __init__(
+        self, model, args: SelfQuestioningConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
+    ):
         if args.chat_template_path is not None:
             raise UserError(
                 "chat_template_path would replace the template that opens `<vusr>` turns. Set "
@@ -97,7 +98,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         elif args.pack_sequences:
             raise UserError("pack_sequences needs the default collator. Remove pack_sequences or data_collator.")
         model, processing_class = self.load_model(model, processing_class, args)
-        packing = _packing(base_of(model), args, train_dataset) if args.pack_sequences else None
+        packing = _packing(base_of(model), args) if args.pack_sequences else None
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
             processing_class,
             packing=packing,
@@ -107,24 +108,23 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             seed=args.seed,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        for name, dataset in datasets_by_name(train_dataset, kwargs.get("eval_dataset")).items():
-            check_conversations(dataset, collator, name)
-        if args.train_sampling_strategy == "group_by_length":
-            self.train_lengths = conversation_lengths(train_dataset, processing_class, args.max_length)
-            if self.train_lengths is None:
-                logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
+        if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
+            train_dataset, eval_dataset = self.reject_examples(
+                train_dataset, eval_dataset, lambda dataset, name: usable_conversations(dataset, collator, name)
+            )
+        if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
+            logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=collator,
             **kwargs,
         )
         self.prepare_for_training()
         self._target_sums = {}
-        self.rejected_examples = RejectedExamples(self.accelerator, args.max_length)
-        self.add_callback(self.rejected_examples)
         self.add_callback(_SetEpoch(self.data_collator))
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -139,9 +139,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         question_mask, neutralised = inputs.pop("question_mask", None), inputs.pop("neutralised", 0)
-        rejected, truncated = inputs.pop("rejected", {}), inputs.pop("truncated", ())
-        if self.model.training:
-            self.rejected_examples.add(rejected, truncated)
+        inputs.pop("truncated", None)
+        for name, reason in inputs.pop("rejected", {}).items():  # of a stream
+            logger.warning_once(f"Record {name!r} is rejected as {reason}.", main_process_only=False)
         with ExitStack() as hooks:
             outputs = hooks.enter_context(fused_outputs(model))
             if "token_mask" in inputs:
@@ -201,14 +201,12 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         super().log(logs, start_time)
 
 
-def _packing(model: PreTrainedModel, args: SelfQuestioningConfig, train_dataset: Any) -> float | None:
+def _packing(model: PreTrainedModel, args: SelfQuestioningConfig) -> float | None:
     """The model's [`packing_cost`]; or `None`, with a warning that says why and batches grouped by length."""
     cost, why = packing_cost(model)
     parallelism = args.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         cost, why = None, "context and sequence parallelism cut rows regardless of documents"
-    if "messages" not in next(iter(with_stored_images(train_dataset)), {"messages"}):
-        cost, why = None, "prompts with completions go through TRL's collator, which packs no images"
     if cost is None:
         logger.warning(f"pack_sequences: {why}. Batches are padded and grouped by length instead.")
         args.train_sampling_strategy = "group_by_length"

@@ -7,9 +7,10 @@ The base of both trainers, without losses: loading, saving, learning rates by pa
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .images import DecodesImages
+from .rejected import UsableExamples, write_rejected
 from .resume import StopSignals
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
@@ -126,6 +128,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
     """
 
     extra_columns: tuple[str, ...] = ("id",)  # what the collators read besides TRL's columns
+    rejected_records: Mapping[str, str] = MappingProxyType({})
 
     @staticmethod
     def load_model(
@@ -145,6 +148,38 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         if hasattr(model, "peft_config") and not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError("The adapter is loaded for inference. Load it with load_policy(..., is_trainable=True).")
         return model, processing_class
+
+    def reject_examples(
+        self, train_dataset: Any, eval_dataset: Any, find_usable: Callable[[Any, str], UsableExamples]
+    ) -> tuple[Any, Any]:
+        """
+        Leave out the examples that cannot be trained on.
+
+        Args:
+            train_dataset ([`~datasets.Dataset`]):
+                The training set.
+            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
+                The evaluation set, or several by name.
+            find_usable (`Callable`):
+                Finds the usable examples of a dataset, given its name for messages.
+
+        Returns:
+            `tuple`: Both datasets without them. The trainer has `usable`, the [`UsableExamples`] by name (`train`,
+            `eval`, or `eval_NAME` for each of several), and `rejected_records`, the reasons by id (`eval/ID`).
+        """
+        several = isinstance(eval_dataset, dict)
+        others = {f"eval_{name}": one for name, one in eval_dataset.items()} if several else {"eval": eval_dataset}
+        datasets = {"train": train_dataset} | {name: one for name, one in others.items() if one is not None}
+        self.usable = {name: find_usable(dataset, name) for name, dataset in datasets.items()}
+        self.rejected_records = {
+            record if name == "train" else f"{name}/{record}": reason
+            for name, usable in self.usable.items()
+            for record, reason in usable.rejected_records.items()
+        }
+        kept = {name.removeprefix("eval_"): usable.dataset for name, usable in self.usable.items()}
+        self.train_lengths = self.usable["train"].lengths
+        train_dataset = kept.pop("train")
+        return train_dataset, kept if several else kept.get("eval")
 
     def prepare_for_training(self, *others: torch.nn.Module | None, **kwargs: Any) -> None:
         """
@@ -224,6 +259,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         blocking = not self.accelerator.non_blocking
         self._data_wait = DataWait(self.args.device.type not in ("cpu", "meta") and blocking)
         self._has_hinted = False
+        if self.args.should_save:
+            write_rejected(Path(self.args.output_dir), self.rejected_records, self.args.max_length)
         with self.stop_signals:
             return super().train(*args, **kwargs)
 

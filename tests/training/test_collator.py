@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.image_formats import to_8_bit
-from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.encoding import IGNORED, conversation_lengths
+from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
+from medst_trl.training.encoding import IGNORED
 
 
 def _collator(family="vicuna", **kwargs):
@@ -111,7 +111,8 @@ def test_an_image_of_extreme_aspect_ratio_rejects_only_its_example(size, family)
     assert batch.pop("rejected") == {"r1": "extreme_aspect_ratio"}
     expected = _collator(family)([good])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert conversation_lengths(Dataset.from_list([bad, good]), prepared_processor(family))[1] > 0
+    usable = usable_conversations(Dataset.from_list([bad, good]), _collator(family))
+    assert usable.rejected_records == {"r1": "extreme_aspect_ratio"} and usable.lengths[0] > 0
 
 
 def test_asked_turns_depend_only_on_seed_epoch_id_and_turn():
@@ -294,11 +295,26 @@ def test_batches_are_padded_to_a_multiple():
     assert all(batch[name].shape[1] % 32 == 0 for name in ("input_ids", "labels", "question_mask"))
 
 
-def test_prompt_completion_examples_have_no_questions():
-    example = tiny_run.conversation(0)
-    example = {"images": example["images"], "prompt": example["messages"][:1], "completion": example["messages"][1:2]}
-    batch = _collator()([example])
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_prompt_completion_examples_have_no_questions(ratio, turns):
+    example = tiny_run.conversation(0, turns)
+    messages, images = example["messages"], example["images"]
+    batch = _collator(sq_ratio=ratio)([{"images": images, "prompt": messages[:-1], "completion": messages[-1:]}])
     assert not batch["question_mask"].any() and batch["question_mask"].shape == batch["labels"].shape
+    whole = _collator(sq_ratio=0.0)([example])
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    trained = (batch["labels"][0] != IGNORED).nonzero().flatten()  # the last answer alone
+    last = (whole["labels"][0] != IGNORED).nonzero().flatten()[-len(trained) :]
+    assert torch.equal(trained, last) and trained.tolist() == list(range(int(trained[0]), int(trained[-1]) + 1))
+    assert ((whole["labels"] != IGNORED).sum() > len(trained)) == (turns > 1)
+
+
+def test_a_completion_that_does_not_fit_rejects_its_example():
+    example = tiny_run.conversation(0)
+    prompt = [{"role": "user", "content": tiny_run.text("why " * 100)}]
+    example = {"id": "p", "images": [], "prompt": prompt, "completion": example["messages"][1:2]}
+    assert _collator(max_length=60)([example])["rejected"] == {"p": "too_long"}
 
 
 def test_a_ratio_outside_zero_to_one_is_refused():

@@ -116,7 +116,7 @@ def test_pairs_that_cannot_be_trained_on_are_rejected(tmp_path):
     assert trainer.pairs.rejected_records == {"p1": "chosen_equals_rejected", "p2": "too_long", "p3": "malformed"}
     trainer.train()
 
-    with pytest.raises(UserError, match="the train dataset can be used: 1 because both answers say the same"):
+    with pytest.raises(UserError, match="the train dataset can be used: 1 chosen_equals_rejected .both answers"):
         make_trainer(tmp_path, rows=[rows[1]])
 
 

@@ -17,8 +17,8 @@ from tiny_run import conversation
 
 from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import prepare_policy
-from medst_trl.training import collator, encoding, preference_collator
-from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training import collator, preference_collator, rejected
+from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
 from medst_trl.training.images import UnreadableImage, check_image, image_size
 from medst_trl.training.upstream import encode_blank_images
 
@@ -101,13 +101,12 @@ def test_an_error_in_the_check_of_pairs_rejects_no_image(monkeypatch):
     def with_a_bug(image):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(encoding, "image_size", with_a_bug)
-    monkeypatch.setattr(preference_collator, "check_image", with_a_bug)
+    monkeypatch.setattr(rejected, "check_image", with_a_bug)
     monkeypatch.setattr(collator, "with_decoded_images", with_a_bug)
     processor = prepared_processor("vicuna")
     example, pairs = conversation(0), Dataset.from_list([tiny_dpo.pair(0)])
     for run in (
-        lambda: encoding.conversation_lengths(Dataset.from_list([example]), processor),
+        lambda: usable_conversations(Dataset.from_list([example]), DataCollatorForSelfQuestioning(processor)),
         lambda: preference_collator.usable_pairs(pairs, processor, None),
         lambda: DataCollatorForSelfQuestioning(processor)([example]),
     ):

@@ -9,14 +9,15 @@ import pytest
 import tiny_dpo
 import tiny_run
 from datasets import Dataset
-from hypothesis import given
+from families import prepared_processor
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 from medst_trl.base.errors import UserError
-from medst_trl.training.collator import DataCollatorForSelfQuestioning
+from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, usable_pairs
-from medst_trl.training.rejected import check_conversations
 
 
 SHORT, LONG = "It is dark.", "It is " + "very " * 150 + "dark."
@@ -37,11 +38,11 @@ def stream(rows: list[dict]):
     return Dataset.from_list(rows).to_iterable_dataset()
 
 
-def trainer_of(output_dir: Path, train_dataset, eval_dataset=None, **settings) -> SelfQuestioningTrainer:
+def trainer_of(output_dir: Path, train_dataset, eval_dataset=None, **options) -> SelfQuestioningTrainer:
     model, processor = tiny_run.small_policy()
     return SelfQuestioningTrainer(
         model=model,
-        args=SelfQuestioningConfig(output_dir=str(output_dir), max_length=100, max_steps=1, **settings),
+        args=SelfQuestioningConfig(output_dir=str(output_dir), max_length=100, max_steps=1, **options),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
@@ -54,11 +55,11 @@ def collator():
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, stream])
-@pytest.mark.parametrize("settings", [{}, {"pack_sequences": True}, {"train_sampling_strategy": "group_by_length"}])
-def test_training_on_nothing_is_refused_before_the_first_step(tmp_path, kind, settings):
+@pytest.mark.parametrize("options", [{}, {"pack_sequences": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_training_on_nothing_is_refused_before_the_first_step(tmp_path, kind, options):
     rows = [conversation(number, LONG) for number in range(6)]
-    with pytest.raises(UserError, match="train dataset can be used: 6 because.*=100 tokens. Raise max_length"):
-        trainer_of(tmp_path, kind(rows), **settings)
+    with pytest.raises(UserError, match="train dataset can be used: 6 too_long .*=100 tokens.*Raise max_length"):
+        trainer_of(tmp_path, kind(rows), **options)
 
 
 def test_an_evaluation_set_without_anything_to_evaluate_is_refused(tmp_path):
@@ -72,17 +73,18 @@ def test_an_evaluation_set_without_anything_to_evaluate_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", [Dataset.from_list, stream])
 def test_one_example_that_fits_is_enough(collator, kind):
     rows = [conversation(number, LONG) for number in range(130)]
-    with pytest.raises(UserError, match="130 because"):
-        check_conversations(kind(rows), collator, "train")
-    check_conversations(kind([*rows, conversation(130, SHORT)]), collator, "train")
+    with pytest.raises(UserError, match="130 too_long"):
+        usable_conversations(kind(rows), collator)
+    usable_conversations(kind([*rows, conversation(130, SHORT)]), collator)
 
 
 @pytest.mark.parametrize("rejected, warns", [(0, False), (2, False), (3, True)])
 def test_more_than_a_fifth_rejected_is_a_warning(collator, caplog, rejected, warns):
     rows = [conversation(number, LONG if number < rejected else SHORT) for number in range(10)]
     with caplog.at_level(logging.WARNING):
-        check_conversations(Dataset.from_list(rows), collator, "train")
-    assert ("30% of the conversations checked in the train dataset are rejected: 3 because" in caplog.text) == warns
+        usable = usable_conversations(Dataset.from_list(rows), collator)
+    assert len(usable.dataset) == len(usable.lengths) == 10 - rejected
+    assert ("3 of the 10 examples in the train dataset are rejected: 3 too_long" in caplog.text) == warns
 
 
 def answered(number: int, chosen: str, rejected: str) -> dict:
@@ -111,14 +113,79 @@ def test_pairs_with_too_little_room_are_warned_of(pair_processor, caplog):
     with caplog.at_level(logging.WARNING):
         pairs = usable_pairs(Dataset.from_list(rows), pair_processor, 100)
     assert pairs.rejected_records == dict.fromkeys(["p0", "p1", "p2"], "too_long")
-    assert "30% of the preference pairs checked in the train dataset are rejected" in caplog.text
+    assert "3 of the 10 examples in the train dataset are rejected" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [{}, {"share_prefix": False}, {"precompute_ref_log_probs": True}])
-def test_stage_2_does_not_train_on_the_beginning_of_an_answer(tmp_path, settings):
+@pytest.mark.parametrize("options", [{}, {"share_prefix": False}, {"precompute_ref_log_probs": True}])
+def test_stage_2_does_not_train_on_the_beginning_of_an_answer(tmp_path, options):
     rows = [answered(number, LONG if number == 0 else SHORT, "bright") for number in range(8)]
-    trainer = tiny_dpo.make_trainer(tmp_path, rows=rows, max_length=100, max_steps=1, **settings)
+    trainer = tiny_dpo.make_trainer(tmp_path, rows=rows, max_length=100, max_steps=1, **options)
     assert trainer.rejected_records == {"p0": "too_long"} and len(trainer.train_dataset) == 7
     trainer.train()
-    with pytest.raises(UserError, match="No preference pair.*Raise max_length"):
-        tiny_dpo.make_trainer(Path(tmp_path, "none"), rows=rows[:1], max_length=100, max_steps=1, **settings)
+    with pytest.raises(UserError, match="No example.*Raise max_length"):
+        tiny_dpo.make_trainer(Path(tmp_path, "none"), rows=rows[:1], max_length=100, max_steps=1, **options)
+
+
+def parts(text: str, images: int = 0) -> list[dict]:
+    return [{"type": "image", "text": None}] * images + tiny_run.text(text)
+
+
+@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl", "gemma-3", "idefics3", "llama-3.2-vision", "internvl"])
+@settings(max_examples=25, deadline=None)
+@given(
+    turns=st.integers(1, 4), images=st.lists(st.integers(0, 1), min_size=4, max_size=4), asked=st.booleans(),
+    max_length=st.integers(1, 600), words=st.integers(1, 40), size=st.tuples(*2 * [st.integers(28, 200)]),
+)  # fmt: skip
+def test_a_usable_conversation_is_never_rejected_by_the_collator(
+    family, turns, images, asked, max_length, words, size
+):
+    """In no epoch, whichever turns are asked in it: nothing is missing in a step."""
+    images = images[:turns]
+    messages = [
+        {"role": role, "content": parts("why " * words, image if role == "user" else 0)}
+        for image in images
+        for role in ("user", "assistant")
+    ]
+    example = {"id": "x", "images": [Image.new("RGB", size)] * sum(images), "messages": messages}
+    processor = prepared_processor(family)
+    collator = DataCollatorForSelfQuestioning(processor, max_length=max_length, sq_ratio=0.5 * asked)
+    try:
+        usable = usable_conversations([example], collator)
+    except UserError:
+        longest = DataCollatorForSelfQuestioning(processor, max_length=max_length, sq_ratio=float(asked))
+        assert longest([example])["rejected"] == {"x": "too_long"}
+        return
+    truncated = []
+    for epoch in range(6):
+        collator.set_epoch(epoch)
+        batch = collator([example])
+        assert "rejected" not in batch
+        truncated.append("truncated" in batch)
+    assert usable.truncated or not any(truncated)
+
+
+def test_a_conversation_that_is_none_is_rejected_alone():
+    rows = [conversation(number, SHORT) for number in range(10)]
+    rows[3]["messages"][0]["role"] = "human"
+    rows[5]["messages"] = rows[5]["messages"][1:]  # its image has no place
+    usable = usable_conversations(Dataset.from_list(rows), DataCollatorForSelfQuestioning(tiny_run.small_policy()[1]))
+    assert usable.rejected_records == {"r3": "malformed", "r5": "malformed"} and len(usable.dataset) == 8
+    with pytest.raises(UserError, match="1 malformed .*Record 'r3' cannot be collated: Invalid role"):
+        usable_conversations([rows[3]], DataCollatorForSelfQuestioning(tiny_run.small_policy()[1]))
+
+
+def test_steps_are_not_taken_on_nothing_if_most_of_the_data_is_rejected(tmp_path):
+    rows = [conversation(number, SHORT if number == 17 else LONG) for number in range(20)]
+    trainer = trainer_of(tmp_path, Dataset.from_list(rows), per_device_train_batch_size=2, report_to="none")
+    assert len(trainer.train_dataset) == 1 and trainer.usable["train"].truncated == 0
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "train_loss" in entry]
+    assert losses[0]["train_loss"] > 0
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 19
+
+
+def test_rejected_examples_of_an_evaluation_set_are_listed(tmp_path):
+    rows = [conversation(number, SHORT) for number in range(4)]
+    evaluation = [conversation(number, LONG if number == 1 else SHORT) for number in range(4)]
+    trainer = trainer_of(tmp_path, Dataset.from_list(rows), {"late": Dataset.from_list(evaluation)})
+    assert trainer.rejected_records == {"eval_late/r1": "too_long"} and len(trainer.eval_dataset["late"]) == 3

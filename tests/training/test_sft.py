@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 import torch
 from commands import launch_script
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import EarlyStoppingCallback
 
 from medst_trl.base.errors import UserError
@@ -18,7 +18,8 @@ from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.policy.adapters import adapter_config
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
-from medst_trl.training.encoding import IGNORED, conversation_lengths
+from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
+from medst_trl.training.encoding import IGNORED
 from medst_trl.training.sft import SelfQuestioningConfig, SelfQuestioningTrainer
 
 
@@ -202,21 +203,34 @@ def test_plain_trl_conversations_train_as_ours_do(tmp_path, settings):
     assert losses[0] == losses[1] and all(math.isfinite(loss) for loss in losses)
 
 
-def test_packing_is_skipped_with_a_warning_for_prompts_with_completions(tmp_path, caplog):
+def test_prompts_with_completions_are_packed(tmp_path):
     rows = [tiny_run.conversation(i, turns=1) for i in range(8)]
     for row in rows:
         row["prompt"], row["completion"] = row["messages"][:1], row.pop("messages")[1:]
     trainer = _trainer_with_dataset(tmp_path, Dataset.from_list(rows), pack_sequences=True)
-    assert len([record for record in caplog.records if "pack_sequences: prompts with" in record.message]) == 1
-    assert "attention_mask" in next(iter(trainer.get_train_dataloader())) and len(trainer.train_lengths) == 8
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "token_mask" in batch and len(trainer.train_lengths) == 8
     trainer.train()
+    assert "loss_question" not in trainer.state.log_history[0]
+
+
+def test_a_prompt_is_no_target_and_a_completion_that_does_not_fit_is_rejected(tmp_path):
+    rows = [tiny_run.conversation(i, turns=1) for i in range(8)]
+    for row in rows:
+        row["prompt"] = [{"role": "user", "content": "word " * 60}]
+        row["completion"] = [{"role": "assistant", "content": tiny_run.text("yes")}]
+        del row["messages"]
+    with pytest.raises(UserError, match="8 too_long"):
+        _trainer_with_dataset(tmp_path, Dataset.from_list(rows), max_length=40)
+    trainer = _trainer_with_dataset(tmp_path, Dataset.from_list(rows), max_length=400)
+    trainer.train()
+    assert trainer.state.log_history[0]["answer_tokens"] <= 4 * 3
 
 
 def test_only_map_style_datasets_have_lengths_and_several_datasets_can_be_evaluated(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)])
-    processor = tiny_run.small_policy()[1]
-    for data in (DatasetDict(train=dataset), {"train": dataset}, dataset.to_iterable_dataset()):
-        assert conversation_lengths(data, processor) is None
+    collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1])
+    assert usable_conversations(dataset.to_iterable_dataset(), collator).lengths == []
     sets = {"one": dataset.select(range(3)), "other": dataset.to_iterable_dataset()}
     trainer = _trainer_with_dataset(tmp_path, dataset, train_sampling_strategy="group_by_length", eval_dataset=sets)
     trainer.train()

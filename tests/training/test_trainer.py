@@ -1,5 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
 import multiprocessing
 import pickle
 import random
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 import torch
-from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from datasets.features.image import Image as ImageFeature
@@ -21,9 +21,7 @@ from transformers import CLIPImageProcessorPil, Trainer, TrainingArguments
 
 from medst_trl.data.schema import with_stored_images
 from medst_trl.training import settings, trainer
-from medst_trl.training.collator import DataCollatorForSelfQuestioning
-from medst_trl.training.encoding import conversation_lengths
-from medst_trl.training.rejected import RejectedExamples
+from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
 from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig
 from medst_trl.training.trainer import DataWait, GroupsByLength, SeededLengthGroupedSampler
@@ -83,22 +81,23 @@ def test_lengths_are_computed_without_decoding_an_image(monkeypatch):
     _, processor = tiny_run.small_policy()
     rows = [tiny_run.conversation(i, turns=1 + i % 4, with_image=i % 3 != 1) for i in range(40)]
     dataset = Dataset.from_list(rows).select(range(39, 2, -1))  # with an indices mapping
-    collator = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
+    collator, shorter = (DataCollatorForSelfQuestioning(processor, sq_ratio=0.0, max_length=n) for n in (None, 60))
     expected = [collator([dataset[i]])["input_ids"].shape[1] for i in range(len(dataset))]
     monkeypatch.setattr(ImageFeature, "decode_example", lambda *args, **kwargs: pytest.fail("decoded"))
-    lengths = conversation_lengths(dataset, processor)
+    lengths = usable_conversations(dataset, collator).lengths
     assert all(abs(a - b) <= 2 for a, b in zip(lengths, expected, strict=True))
-    assert max(conversation_lengths(dataset, processor, max_length=60)) == 60
-    assert conversation_lengths(list(rows), processor)[::-1][: len(lengths)] == lengths
+    assert max(usable_conversations(dataset, shorter).lengths) == 60
+    assert usable_conversations(list(rows), collator).lengths[::-1][: len(lengths)] == lengths
 
 
 def test_an_image_without_a_header_does_not_affect_other_lengths():
     rows = [tiny_run.conversation(number, turns=number) for number in (1, 2, 3)]
-    processor = tiny_run.small_policy()[1]
-    expected = conversation_lengths(rows, processor)
-    rows[1]["images"] = [{"bytes": b"not an image", "path": None}]  # the collator rejects it
-    lengths = conversation_lengths(rows, processor)
-    assert len(lengths) == 3 and (lengths[0], lengths[2]) == (expected[0], expected[2])
+    collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1])
+    expected = usable_conversations(rows, collator).lengths
+    rows[1]["images"] = [{"bytes": b"not an image", "path": None}]
+    usable = usable_conversations(rows, collator)
+    assert usable.lengths == [expected[0], expected[2]] and usable.rejected_records == {"r2": "unreadable_image"}
+    assert [row["id"] for row in usable.dataset] == ["r1", "r3"]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +194,15 @@ def test_a_run_that_waits_for_data_warns_once(tmp_path, monkeypatch, caplog, sec
 
 
 def test_a_resumed_run_keeps_the_examples_that_were_rejected_before(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    first, resumed = (RejectedExamples(accelerator, max_length=100) for _ in range(2))
-    first.add({"id with a line\u2028separator": "too_long"}, truncated=())
-    assert first.write(tmp_path) == resumed.write(tmp_path) == {"too_long": 1}
+    rows = [tiny_run.conversation(number) for number in range(8)]
+    rows[5] |= {"id": "id with a line\u2028separator", "messages": tiny_run.conversation(5, turns=40)["messages"]}
+    rows[5]["messages"][1]["content"] = tiny_run.text("very " * 200)
+    for steps in (1, 2):
+        trainer = tiny_run.train(
+            tmp_path, rows=rows, max_length=100, max_steps=steps, save_strategy="steps", save_steps=1
+        )
+        rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").open(encoding="utf-8")]
+        assert [row["reason"] for row in rejected] == ["too_long"] and trainer.state.global_step == steps
 
 
 LENGTHS = [random.Random(i).randint(1, 100) for i in range(66)]

@@ -24,7 +24,6 @@ from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
-from medst_trl.pipeline.record import is_complete
 from medst_trl.pipeline.stage import Count, Output
 
 
@@ -77,7 +76,7 @@ def missing_packages(step: Step) -> list[str]:
     """What the settings of a step that trains need, and this machine lacks. A finished step needs nothing."""
     from medst_trl.training.machine import unsupported_settings
 
-    if not step.stage.trains or (is_complete(step.settings["output_dir"]) and not step.settings.get("overwrite")):
+    if not step.stage.trains or step.is_finished:
         return []
     defaults = {item.name: item.default for kind in step.stage.arguments() for item in fields(kind)}
     problems = unsupported_settings(SimpleNamespace(**defaults | step.settings))

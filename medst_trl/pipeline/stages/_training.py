@@ -6,6 +6,7 @@ What the stages that train a policy share: arguments and their checks, data, ada
 Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+    from medst_trl.training.trainer import PolicyTrainer
 
 
 # Training arguments that do not affect what is learned, so that a resumed run may change them.
@@ -379,11 +382,20 @@ def save_result(trainer: "Trainer") -> None:
         move_files(final / ".adapter.incomplete", final)
 
 
-def describe_run(trainer: "Trainer", examples: str, counts: dict[str, Any]) -> str:
-    """Describe what a finished run trained on and what it rejected, from the counts for `stage.json`."""
-    rejected = (f", {count} rejected as {reason} (rejected.jsonl)" for reason, count in counts["set_aside"].items())
+def rejection_counts(trainer: "PolicyTrainer") -> dict[str, Any]:
+    """How many training examples were rejected, by reason, and how many truncated, for `stage.json`."""
+    usable = trainer.usable["train"]
+    return {"set_aside": dict(Counter(usable.rejected_records.values())), "truncated": usable.truncated}
+
+
+def describe_run(trainer: "PolicyTrainer", examples: str, counts: dict[str, Any]) -> str:
+    """Describe what a finished run trained on and what it rejected, from [`rejection_counts`]."""
+    rejected = "".join(f", {count} rejected as {reason}" for reason, count in counts["set_aside"].items())
+    if of_evaluation := len(trainer.rejected_records) - sum(counts["set_aside"].values()):
+        rejected += f", {of_evaluation} for evaluation rejected"
+    rejected += " (rejected.jsonl)" if rejected else ""
     truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""
-    return f"{trainer.state.global_step} steps on {examples}{''.join(rejected)}{truncated}"
+    return f"{trainer.state.global_step} steps on {len(trainer.train_dataset)} {examples}{rejected}{truncated}"
 
 
 # The policy

@@ -26,14 +26,13 @@ them from there, `medst push` publishes them, and for a dataset on the Hub they 
 
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import number_of
-from medst_trl.base.files import atomic_path, write_jsonl
+from medst_trl.base.files import atomic_path
 from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.processes import rank
@@ -41,7 +40,7 @@ from medst_trl.base.settings import documented
 from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
-from ._training import TrainingStageArguments, describe_run, training_stage
+from ._training import TrainingStageArguments, describe_run, rejection_counts, training_stage
 
 
 if TYPE_CHECKING:
@@ -76,18 +75,11 @@ class DpoArguments(TrainingStageArguments):
         return MultimodalDPOTrainer(args=training_args, **inputs)
 
     def summarize(self, trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
-        reasons, rejected = trainer.rejected_records, trainer.pairs.rejected_records
-        if reasons and trainer.accelerator.is_main_process:
-            rows = ({"id": key, "reason": reason, "value": ""} for key, reason in reasons.items())
-            write_jsonl(Path(trainer.args.output_dir, "rejected.jsonl"), rows)
-        truncated = trainer.pairs.truncated
-        counts = {"pairs": records, "set_aside": dict(Counter(rejected.values())), "truncated": truncated}
+        counts = {"pairs": records} | rejection_counts(trainer)
         kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
         means = end_of_log(trainer.state.log_history).items()
         metrics = {name: mean for name, mean in means if name in ("train_loss", "loss") or name.startswith(kinds)}
-        trained_on = describe_run(trainer, f"{len(trainer.train_dataset)} preference pairs", counts)
-        if of_evaluation := len(reasons) - len(rejected):
-            trained_on += f"; {number_of(of_evaluation, 'pair')} for evaluation rejected (rejected.jsonl)"
+        trained_on = describe_run(trainer, "preference pairs", counts)
         return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
 
 

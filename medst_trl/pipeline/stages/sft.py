@@ -22,14 +22,13 @@ not fit. Load the adapter with `medst_trl.load_policy`. An interrupted run resum
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from ._training import TrainingStageArguments, describe_run, training_stage
+from ._training import TrainingStageArguments, describe_run, rejection_counts, training_stage
 
 
 if TYPE_CHECKING:
@@ -87,11 +86,10 @@ class SftArguments(TrainingStageArguments):
     def summarize(
         self, trainer: "SelfQuestioningTrainer", records: int
     ) -> tuple[dict[str, Any], dict[str, float], str]:
-        rejected = trainer.rejected_examples.write(Path(trainer.args.output_dir))
-        counts = {"records": records, "set_aside": rejected, "truncated": trainer.rejected_examples.count_truncated()}
+        counts = {"records": records} | rejection_counts(trainer)
         last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
         figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
-        summary = f"Stage 1 is done: {describe_run(trainer, f'{records} conversations', counts)}."
+        summary = f"Stage 1 is done: {describe_run(trainer, 'conversations', counts)}."
         return counts, {name: last[name] for name in figures if name in last}, summary
 
 

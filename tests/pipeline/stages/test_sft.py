@@ -60,7 +60,7 @@ def test_the_text_role_needs_no_token(inputs, tmp_path):
 
 
 def test_a_run_that_would_train_on_nothing_is_refused_and_can_be_corrected(inputs, tmp_path):
-    with pytest.raises(UserError, match="No conversation of the train dataset can be used: 12 because.*=10 "):
+    with pytest.raises(UserError, match="No example of the train dataset can be used: 12 too_long .*=10 "):
         _run(inputs, tmp_path / "sft", max_length=10)
     assert not (tmp_path / "sft" / "stage.json").exists()
     _run(inputs, tmp_path / "sft", max_length=400, max_steps=1)
