@@ -25,7 +25,7 @@ from .prefix_sharing import PrefixSharing, cannot_share
 from .reference_log_probs import PrecomputesReference, cache_of_reference, sharing_weights
 from .rejected import UsableExamples
 from .settings import MultimodalDPOSettings
-from .trainer import PolicyTrainer
+from .trainer import PolicyTrainer, datasets_by_name
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
 
 
@@ -111,6 +111,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
+        datasets = datasets_by_name(train_dataset, eval_dataset)
+        datasets = {name: _as_pairs(dataset, name) for name, dataset in datasets.items()}
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -118,11 +120,9 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         given = kwargs.pop("ref_model", None)
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
-
-        def find_usable(dataset: Any, name: str) -> UsableExamples:
-            return usable_pairs(_as_pairs(dataset, name), processing_class, args.max_length, name)
-
-        train_dataset, eval_dataset = self.reject_examples(train_dataset, eval_dataset, find_usable)
+        train_dataset, eval_dataset = self.reject_examples(
+            datasets, lambda dataset, name: usable_pairs(dataset, processing_class, args.max_length, name)
+        )
         precomputes = args.precompute_ref_log_probs
         cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None
         args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them

@@ -19,7 +19,7 @@ from .collator import DataCollatorForSelfQuestioning, usable_conversations
 from .images import check_has_images
 from .packing import packing_cost, rope_positions
 from .settings import SelfQuestioningSettings
-from .trainer import PolicyTrainer
+from .trainer import PolicyTrainer, datasets_by_name
 from .upstream import fused_outputs
 
 
@@ -110,7 +110,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         )
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             train_dataset, eval_dataset = self.reject_examples(
-                train_dataset, eval_dataset, lambda dataset, name: usable_conversations(dataset, collator, name)
+                datasets_by_name(train_dataset, eval_dataset),
+                lambda dataset, name: usable_conversations(dataset, collator, name),
             )
         if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
             logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")

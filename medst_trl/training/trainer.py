@@ -117,6 +117,13 @@ class GroupsByLength:
         return dataloader
 
 
+def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets by name: `train`, and `eval` or `eval_NAME` for each of several in a `dict`."""
+    if isinstance(eval_dataset, dict):
+        return {"train": train_dataset} | {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {"train": train_dataset} | ({} if eval_dataset is None else {"eval": eval_dataset})
+
+
 class PolicyTrainer(GroupsByLength, UpstreamFixes):
     """
     Mixin for TRL's trainers that train a policy on images, whose arguments are [`TrainerSettings`].
@@ -150,36 +157,31 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return model, processing_class
 
     def reject_examples(
-        self, train_dataset: Any, eval_dataset: Any, find_usable: Callable[[Any, str], UsableExamples]
+        self, datasets: Mapping[str, Any], find_usable: Callable[[Any, str], UsableExamples]
     ) -> tuple[Any, Any]:
         """
         Leave out the examples that cannot be trained on.
 
         Args:
-            train_dataset ([`~datasets.Dataset`]):
-                The training set.
-            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
-                The evaluation set, or several by name.
+            datasets (`dict`):
+                See [`datasets_by_name`].
             find_usable (`Callable`):
                 Finds the usable examples of a dataset, given its name for messages.
 
         Returns:
-            `tuple`: Both datasets without them. The trainer has `usable`, the [`UsableExamples`] by name (`train`,
-            `eval`, or `eval_NAME` for each of several), and `rejected_records`, the reasons by id (`eval/ID`).
+            `tuple`: The arguments `train_dataset` and `eval_dataset` without them. The trainer has `usable`, the
+            [`UsableExamples`] by name, and `rejected_records`, the reasons by id (`eval/ID`).
         """
-        several = isinstance(eval_dataset, dict)
-        others = {f"eval_{name}": one for name, one in eval_dataset.items()} if several else {"eval": eval_dataset}
-        datasets = {"train": train_dataset} | {name: one for name, one in others.items() if one is not None}
         self.usable = {name: find_usable(dataset, name) for name, dataset in datasets.items()}
         self.rejected_records = {
             record if name == "train" else f"{name}/{record}": reason
             for name, usable in self.usable.items()
             for record, reason in usable.rejected_records.items()
         }
-        kept = {name.removeprefix("eval_"): usable.dataset for name, usable in self.usable.items()}
         self.train_lengths = self.usable["train"].lengths
-        train_dataset = kept.pop("train")
-        return train_dataset, kept if several else kept.get("eval")
+        kept = {name: usable.dataset for name, usable in self.usable.items()}
+        several = {name.removeprefix("eval_"): dataset for name, dataset in kept.items() if name.startswith("eval_")}
+        return kept["train"], several or kept.get("eval")
 
     def prepare_for_training(self, *others: torch.nn.Module | None, **kwargs: Any) -> None:
         """
