@@ -141,7 +141,7 @@ def test_identical_answers_are_rejected_and_a_dataset_of_only_such_pairs_is_refu
     assert json.loads(line)["id"] == "p3"
 
     pairs = write_pairs(tmp_path / "same", [rows[3]])
-    with pytest.raises(UserError, match="1 because both answers say the same"):
+    with pytest.raises(UserError, match="1 chosen_equals_rejected .both answers say the same"):
         run(inputs, tmp_path / "none", dataset=pairs)
     run(inputs, tmp_path / "none")  # the failed run left no record that would refuse this one
 
@@ -214,7 +214,7 @@ def test_a_pair_with_a_broken_image_is_listed_as_rejected(inputs, tmp_path, caps
     assert record["counts"]["set_aside"] == {"unreadable_image": 1} and record["counts"]["steps"] == 3
     rejected = [json.loads(line)["id"] for line in (tmp_path / "dpo" / "rejected.jsonl").read_text().splitlines()]
     assert rejected == ["p3", "eval/p3"]
-    assert "1 pair for evaluation rejected" in capsys.readouterr().out
+    assert "1 for evaluation rejected" in capsys.readouterr().out
 
 
 def test_all_weights_of_an_adapter_cannot_be_trained(inputs, tmp_path):
