@@ -3,7 +3,6 @@
 """TRL's vision collator, plus the questions: labels on answers and, in `<vusr>` turns, on the questions too."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +12,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.source import BadRecord
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of, length_counter
-from .images import DecodesImages, UnreadableImage, image_size, with_decoded_images
+from .images import DecodesImages, UnreadableImage, check_image, with_decoded_images
 from .packing import pack
 from .rejected import UsableExamples, usable_examples
 
@@ -124,11 +122,9 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         for example in examples:
             try:
                 decoded = with_decoded_images(example)
-            except UnreadableImage:
-                rejected[id_of(example)] = "unreadable_image"
-                continue
-            if aspect_ratio_error(map(image_size, decoded["images"])):
-                rejected[id_of(example)] = EXTREME_ASPECT_RATIO
+                _ = [check_image(image) for image in decoded["images"]]
+            except UnreadableImage as error:
+                rejected[id_of(example)] = error.reason
             else:
                 readable.append(self._conversation(decoded))
         batch = self._collate(readable)
@@ -194,13 +190,10 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
 def usable_conversations(
     dataset: Any, collator: DataCollatorForSelfQuestioning, name: str = "train"
 ) -> UsableExamples:
-    """Reject the conversations that cannot be trained on, see [`usable_examples`]."""
-    check = _conversation_check(collator)
-    return usable_examples(dataset, check, collator.max_length, name)
-
-
-def _conversation_check(collator: DataCollatorForSelfQuestioning) -> Callable[[dict[str, Any]], tuple[int, bool]]:
-    """Check a conversation as if every turn that can be asked were asked, which makes it longest."""
+    """
+    Reject the conversations that cannot be trained on, see [`usable_examples`]. Each is checked as if every turn that
+    can be asked were asked, which makes it longest.
+    """
     longest = replace(collator, packing=None, sq_ratio=float(collator.sq_ratio > 0))
     max_length, length_of = collator.max_length, length_counter(collator.processor)
 
@@ -221,7 +214,7 @@ def _conversation_check(collator: DataCollatorForSelfQuestioning) -> Callable[[d
             raise BadRecord("too_long")
         return min(length, max_length), "truncated" in batch
 
-    return check
+    return usable_examples(dataset, check, max_length, name)
 
 
 def _targets(conversation: ImageConversation) -> list[int]:

@@ -121,7 +121,7 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
         train_dataset, eval_dataset = self.reject_examples(
-            datasets, lambda dataset, name: usable_pairs(dataset, processing_class, args.max_length, name)
+            args, datasets, lambda dataset, name: usable_pairs(dataset, processing_class, args.max_length, name)
         )
         precomputes = args.precompute_ref_log_probs
         cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of training examples: stored and decoded, their size, and whether they can be read."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +13,15 @@ from PIL import ExifTags, Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import bytes_of, with_stored_images
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
 
 
 class UnreadableImage(UserError):
-    """An image that is missing, truncated, or of an unknown format."""
+    """An image that is missing, truncated, of an unknown format, or too narrow; `reason` is that of its rejection."""
+
+    def __init__(self, message: str, reason: str = "unreadable_image"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class DecodesImages:
@@ -72,54 +76,37 @@ def check_has_images(dataset: Any) -> None:
         )
 
 
-def image_size(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
+def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     """
-    Width and height in pixels after decoding. Of a stored image only the header is read.
+    Check that an image can be trained on, and return its width and height after decoding. A JPEG or PNG that ends
+    correctly is not decoded.
 
     Args:
         image (`PIL.Image.Image` or `dict`): An image, or its `bytes` and `path` as a dataset stores them.
 
     Raises:
-        UnreadableImage: if there is no header of a known format.
+        UnreadableImage: if it is missing, truncated, of an unknown format, or too narrow.
     """
-    if not isinstance(image, dict):
+    if isinstance(image, dict):
+        size = _size_of_whole_file(image) or _decode(image).size
+    else:
         with _reading():
-            return image.size
-    if not _is_local(image):
-        return _decode(image).size
-    with _reading(), Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-        # Pillow decodes all of a PNG to look for EXIF after the pixels. Without such a chunk there is none.
-        if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", bytes_of(image)):
-            return opened.size
-        # `datasets` applies the EXIF orientation. Pillow reports the size of a TIFF after orientation.
-        swaps_sides = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return opened.size[::-1] if swaps_sides and opened.format != "TIFF" else opened.size
+            size = image.size
+    if why := aspect_ratio_error([size]):
+        raise UnreadableImage(f"The image cannot be used ({why}).", EXTREME_ASPECT_RATIO)
+    return size
 
 
-def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
-    """
-    Check that an image can be decoded and return its [`image_size`]. A JPEG or PNG that ends correctly is not decoded.
-
-    Raises:
-        UnreadableImage: if it is missing, truncated, or of an unknown format.
-    """
-    if isinstance(image, dict) and not (_is_local(image) and _ends_correctly(image)):
-        _decode(image)
-    return image_size(image)
-
-
-def _ends_correctly(image: dict[str, Any]) -> bool:
-    """Whether a JPEG has its end marker, a PNG all its chunks with their checksums; `False` for other formats."""
+def _size_of_whole_file(image: dict[str, Any]) -> tuple[int, int] | None:
+    """The size of a JPEG with its end marker or of a PNG with all its chunks; `None` if it has to be decoded."""
     try:
         data = bytes_of(image)
         with Image.open(BytesIO(data)) as opened:
-            if opened.format == "PNG":
+            if opened.format == "PNG" and not re.search(b"eXIf|tEXt|zTXt|iTXt", data):  # which may rotate it
                 opened.verify()
-                return True
-            return opened.format in ("JPEG", "MPO") and data[-4096:].rstrip(b"\0").endswith(b"\xff\xd9")
+                return opened.size
+            if opened.format in ("JPEG", "MPO") and data[-4096:].rstrip(b"\0").endswith(b"\xff\xd9"):
+                # `datasets` applies the EXIF orientation
+                return opened.size[:: -1 if opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else 1]
     except Exception:  # Pillow may still be able to decode it
-        return False
-
-
-def _is_local(image: dict[str, Any]) -> bool:
-    return image["bytes"] is not None or os.path.isfile(image["path"] or "")
+        return None

@@ -6,7 +6,6 @@ Pairs that cannot be trained on are rejected before the first step, at the cost 
 batches, as in stage 1, would leave ranks with batches of different size, which TRL gathers as if they were equal.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import ne
 from typing import Any
@@ -163,10 +162,6 @@ def usable_pairs(
     Reject the pairs that cannot be trained on, see [`usable_examples`]: also those with equal answers, and those of
     which less than half of an answer fits into `max_length`.
     """
-    return usable_examples(dataset, _pair_check(processor, max_length), max_length, name)
-
-
-def _pair_check(processor: ProcessorMixin, max_length: int | None) -> Callable[[dict[str, Any]], tuple[int, bool]]:
     image_tokens = {}
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
@@ -189,4 +184,4 @@ def _pair_check(processor: ProcessorMixin, max_length: int | None) -> Callable[[
         ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
         return sum(ends) - answers[0].start, any(map(ne, ends, (answer.end for answer in answers)))
 
-    return check
+    return usable_examples(dataset, check, max_length, name)

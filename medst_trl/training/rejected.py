@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
@@ -14,11 +13,10 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import has_length
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
 from medst_trl.base.processes import rank
 from medst_trl.data.schema import with_stored_images
-from medst_trl.data.source import BadRecord, Rejected
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error
+from medst_trl.data.source import BadRecord
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO
 
 from .images import UnreadableImage, check_image, images_of, with_images
 
@@ -54,6 +52,10 @@ class UsableExamples:
     truncated: int
     lengths: list[int]
 
+    def counts(self) -> dict[str, Any]:
+        """How many examples are rejected, by reason, and how many truncated, for `stage.json`."""
+        return {"set_aside": dict(Counter(self.rejected_records.values())), "truncated": self.truncated}
+
 
 def usable_examples(
     dataset: Any,
@@ -84,10 +86,11 @@ def usable_examples(
     rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream else None)
     for place, example in enumerate(rows):
         try:
-            length, is_truncated = check(_with_sizes(example))
-        except BadRecord as error:
+            sizes = [check_image(image) for image in images_of(example)]
+            length, is_truncated = check(with_images(example, sizes))
+        except (BadRecord, UnreadableImage) as error:
             reasons[str(example.get("id") or place)] = error.reason
-            problems += filter(None, [error.value])
+            problems += filter(None, [getattr(error, "value", None)])
             continue
         kept.append(place)
         lengths.append(length)
@@ -100,17 +103,6 @@ def usable_examples(
     return UsableExamples(dataset, reasons, truncated, lengths)
 
 
-def _with_sizes(example: dict[str, Any]) -> dict[str, Any]:
-    """The example with the sizes of its images in their place."""
-    try:
-        sizes = [check_image(image) for image in images_of(example)]
-    except UnreadableImage as error:
-        raise BadRecord("unreadable_image") from error
-    if aspect_ratio_error(sizes):
-        raise BadRecord(EXTREME_ASPECT_RATIO)
-    return with_images(example, sizes)
-
-
 def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problems: list[str]) -> None:
     """Refuse a dataset without a usable example, and warn if many are rejected."""
     total = kept + counts.total()
@@ -121,12 +113,3 @@ def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, 
         raise UserError(f"No example of the {name} dataset can be used: {why}")
     if counts.total() > WARN_ABOVE * total and rank() == 0:
         logger.warning(f"{counts.total()} of the {total} examples in the {name} dataset are rejected: {why}")
-
-
-def write_rejected(directory: Path, reasons: dict[str, str], max_length: int | None) -> None:
-    """Write `rejected.jsonl` in a directory, if there are rejected examples."""
-    values = {"too_long": f"max_length={max_length}"}
-    if reasons:
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = (Rejected(name, reason, values.get(reason, "")) for name, reason in reasons.items())
-        write_jsonl(directory / "rejected.jsonl", (row.as_row() for row in rows))

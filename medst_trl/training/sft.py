@@ -110,6 +110,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         )
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             train_dataset, eval_dataset = self.reject_examples(
+                args,
                 datasets_by_name(train_dataset, eval_dataset),
                 lambda dataset, name: usable_conversations(dataset, collator, name),
             )

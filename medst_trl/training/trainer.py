@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
 from medst_trl.policy.families import ModelParts, base_of, model_parts
@@ -29,7 +29,7 @@ from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
 from .images import DecodesImages
-from .rejected import UsableExamples, write_rejected
+from .rejected import UsableExamples
 from .resume import StopSignals
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
@@ -135,7 +135,6 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
     """
 
     extra_columns: tuple[str, ...] = ("id",)  # what the collators read besides TRL's columns
-    rejected_records: Mapping[str, str] = MappingProxyType({})
 
     @staticmethod
     def load_model(
@@ -157,12 +156,17 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return model, processing_class
 
     def reject_examples(
-        self, datasets: Mapping[str, Any], find_usable: Callable[[Any, str], UsableExamples]
+        self,
+        args: TrainingArguments,
+        datasets: Mapping[str, Any],
+        find_usable: Callable[[Any, str], UsableExamples],
     ) -> tuple[Any, Any]:
         """
-        Leave out the examples that cannot be trained on.
+        Leave out the examples that cannot be trained on, and list them in `rejected.jsonl` of `output_dir`.
 
         Args:
+            args ([`~transformers.TrainingArguments`]):
+                Configuration.
             datasets (`dict`):
                 See [`datasets_by_name`].
             find_usable (`Callable`):
@@ -178,6 +182,13 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             for name, usable in self.usable.items()
             for record, reason in usable.rejected_records.items()
         }
+        if args.should_save and self.rejected_records:
+            os.makedirs(args.output_dir, exist_ok=True)
+            values = {"too_long": f"max_length={args.max_length}"}
+            rows = (
+                {"id": key, "reason": why, "value": values.get(why, "")} for key, why in self.rejected_records.items()
+            )
+            write_jsonl(Path(args.output_dir, "rejected.jsonl"), rows)
         self.train_lengths = self.usable["train"].lengths
         kept = {name: usable.dataset for name, usable in self.usable.items()}
         several = {name.removeprefix("eval_"): dataset for name, dataset in kept.items() if name.startswith("eval_")}
@@ -261,8 +272,6 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         blocking = not self.accelerator.non_blocking
         self._data_wait = DataWait(self.args.device.type not in ("cpu", "meta") and blocking)
         self._has_hinted = False
-        if self.args.should_save:
-            write_rejected(Path(self.args.output_dir), self.rejected_records, self.args.max_length)
         with self.stop_signals:
             return super().train(*args, **kwargs)
 

@@ -19,7 +19,7 @@ from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import prepare_policy
 from medst_trl.training import collator, preference_collator, rejected
 from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
-from medst_trl.training.images import UnreadableImage, check_image, image_size
+from medst_trl.training.images import UnreadableImage, check_image
 from medst_trl.training.upstream import encode_blank_images
 
 
@@ -45,7 +45,7 @@ def saved_to_file(image: dict, directory) -> dict:
 def test_image_size_equals_the_size_of_the_decoded_image(tmp_path, kind, orientation):
     image = encoded_image(kind, orientation)
     decoded = ImageFeature().decode_example(image)
-    assert image_size(image) == image_size(saved_to_file(image, tmp_path)) == image_size(decoded) == decoded.size
+    assert check_image(image) == check_image(saved_to_file(image, tmp_path)) == check_image(decoded) == decoded.size
     assert decoded.size == ((40, 24) if orientation in (6, 8) and kind not in ("BMP", "JPEG2000") else (24, 40))
 
 
@@ -54,8 +54,7 @@ def test_the_size_of_common_formats_is_read_without_decoding(monkeypatch, tmp_pa
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     in_memory = encoded_image(kind)
     for image in (in_memory, saved_to_file(in_memory, tmp_path)):
-        assert image_size(image) == (24, 40)
-        check_image(image)
+        assert check_image(image) == (24, 40)
 
 
 def test_exif_after_the_pixels_of_a_png_is_read():
@@ -63,7 +62,7 @@ def test_exif_after_the_pixels_of_a_png_is_read():
     start = rotated.index(b"eXIf") - 4
     chunk = rotated[start : start + 12 + int.from_bytes(rotated[start : start + 4])]
     image = {"bytes": data[:-12] + chunk + data[-12:], "path": None}
-    assert image_size(image) == ImageFeature().decode_example(image).size == (40, 24)
+    assert check_image(image) == ImageFeature().decode_example(image).size == (40, 24)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -94,7 +93,7 @@ def test_bytes_after_the_end_of_an_image_are_accepted():
 )
 def test_data_that_is_not_an_image_is_reported(image):
     with pytest.raises(UnreadableImage, match="cannot be read"):
-        image_size(image)
+        check_image(image)
 
 
 def test_an_error_in_the_check_of_pairs_rejects_no_image(monkeypatch):

@@ -6,7 +6,6 @@ What the stages that train a policy share: arguments and their checks, data, ada
 Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
@@ -382,14 +381,8 @@ def save_result(trainer: "Trainer") -> None:
         move_files(final / ".adapter.incomplete", final)
 
 
-def rejection_counts(trainer: "PolicyTrainer") -> dict[str, Any]:
-    """How many training examples were rejected, by reason, and how many truncated, for `stage.json`."""
-    usable = trainer.usable["train"]
-    return {"set_aside": dict(Counter(usable.rejected_records.values())), "truncated": usable.truncated}
-
-
 def describe_run(trainer: "PolicyTrainer", examples: str, counts: dict[str, Any]) -> str:
-    """Describe what a finished run trained on and what it rejected, from [`rejection_counts`]."""
+    """Describe what a finished run trained on and what it rejected, from the counts for `stage.json`."""
     rejected = "".join(f", {count} rejected as {reason}" for reason, count in counts["set_aside"].items())
     if of_evaluation := len(trainer.rejected_records) - sum(counts["set_aside"].values()):
         rejected += f", {of_evaluation} for evaluation rejected"

@@ -40,7 +40,7 @@ from medst_trl.base.settings import documented
 from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
-from ._training import TrainingStageArguments, describe_run, rejection_counts, training_stage
+from ._training import TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class DpoArguments(TrainingStageArguments):
         return MultimodalDPOTrainer(args=training_args, **inputs)
 
     def summarize(self, trainer: "MultimodalDPOTrainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
-        counts = {"pairs": records} | rejection_counts(trainer)
+        counts = {"pairs": records} | trainer.usable["train"].counts()
         kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
         means = end_of_log(trainer.state.log_history).items()
         metrics = {name: mean for name, mean in means if name in ("train_loss", "loss") or name.startswith(kinds)}

@@ -28,7 +28,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from ._training import TrainingStageArguments, describe_run, rejection_counts, training_stage
+from ._training import TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SftArguments(TrainingStageArguments):
     def summarize(
         self, trainer: "SelfQuestioningTrainer", records: int
     ) -> tuple[dict[str, Any], dict[str, float], str]:
-        counts = {"records": records} | rejection_counts(trainer)
+        counts = {"records": records} | trainer.usable["train"].counts()
         last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
         figures = ("train_loss", "loss_question", "loss_answer", "eval_loss", "eval_loss_question", "eval_loss_answer")
         summary = f"Stage 1 is done: {describe_run(trainer, 'conversations', counts)}."
