@@ -111,8 +111,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        datasets = datasets_by_name(train_dataset, eval_dataset)
-        datasets = {name: _as_pairs(dataset, name) for name, dataset in datasets.items()}
+        datasets = datasets_by_name(train_dataset, eval_dataset).items()
+        datasets = {name: _as_pairs(dataset, name) for name, dataset in datasets}
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
@@ -120,9 +120,8 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         given = kwargs.pop("ref_model", None)
         reference = given or _make_reference(model, args, kwargs.get("peft_config"))
         collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
-        train_dataset, eval_dataset = self.reject_examples(
-            args, datasets, lambda dataset, name: usable_pairs(dataset, processing_class, args.max_length, name)
-        )
+        how = (usable_pairs, processing_class, args.max_length)
+        train_dataset, eval_dataset = self.reject_examples(args, datasets, *how)
         precomputes = args.precompute_ref_log_probs
         cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None
         args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them

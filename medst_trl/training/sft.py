@@ -42,6 +42,11 @@ class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
         if self.packing or self.padding_free:
             name = "packing" if self.packing else "padding_free"
             raise UserError(f"TRL's {name} is for text alone. With images, set pack_sequences: true instead.")
+        if self.chat_template_path is not None:
+            raise UserError(
+                "chat_template_path would replace the template that opens `<vusr>` turns. Set "
+                "`processor.chat_template` before you pass the processor to the trainer instead."
+            )
         super().__post_init__()
 
 
@@ -88,11 +93,6 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
     def __init__(
         self, model, args: SelfQuestioningConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
-        if args.chat_template_path is not None:
-            raise UserError(
-                "chat_template_path would replace the template that opens `<vusr>` turns. Set "
-                "`processor.chat_template` before you pass the processor to the trainer instead."
-            )
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         elif args.pack_sequences:
@@ -109,11 +109,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
-            train_dataset, eval_dataset = self.reject_examples(
-                args,
-                datasets_by_name(train_dataset, eval_dataset),
-                lambda dataset, name: usable_conversations(dataset, collator, name),
-            )
+            datasets = datasets_by_name(train_dataset, eval_dataset)
+            train_dataset, eval_dataset = self.reject_examples(args, datasets, usable_conversations, collator)
         if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
             logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
         super().__init__(

@@ -156,10 +156,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return model, processing_class
 
     def reject_examples(
-        self,
-        args: TrainingArguments,
-        datasets: Mapping[str, Any],
-        find_usable: Callable[[Any, str], UsableExamples],
+        self, args: Any, datasets: Mapping[str, Any], find_usable: Callable[..., UsableExamples], *how: Any
     ) -> tuple[Any, Any]:
         """
         Leave out the examples that cannot be trained on, and list them in `rejected.jsonl` of `output_dir`.
@@ -170,13 +167,13 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             datasets (`dict`):
                 See [`datasets_by_name`].
             find_usable (`Callable`):
-                Finds the usable examples of a dataset, given its name for messages.
+                Finds the usable examples of a dataset, given the dataset, `how` and its name for messages.
 
         Returns:
             `tuple`: The arguments `train_dataset` and `eval_dataset` without them. The trainer has `usable`, the
             [`UsableExamples`] by name, and `rejected_records`, the reasons by id (`eval/ID`).
         """
-        self.usable = {name: find_usable(dataset, name) for name, dataset in datasets.items()}
+        self.usable = {name: find_usable(dataset, *how, name) for name, dataset in datasets.items()}
         self.rejected_records = {
             record if name == "train" else f"{name}/{record}": reason
             for name, usable in self.usable.items()
@@ -185,9 +182,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         if args.should_save and self.rejected_records:
             os.makedirs(args.output_dir, exist_ok=True)
             values = {"too_long": f"max_length={args.max_length}"}
-            rows = (
-                {"id": key, "reason": why, "value": values.get(why, "")} for key, why in self.rejected_records.items()
-            )
+            reasons = self.rejected_records.items()
+            rows = ({"id": name, "reason": reason, "value": values.get(reason, "")} for name, reason in reasons)
             write_jsonl(Path(args.output_dir, "rejected.jsonl"), rows)
         self.train_lengths = self.usable["train"].lengths
         kept = {name: usable.dataset for name, usable in self.usable.items()}
