@@ -74,9 +74,15 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Any]:
-    """Read JSON lines; none if the file is missing. A last line without a line break, of a killed run, is left out."""
-    lines = Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else ()
-    return [json.loads(line) for line in lines]
+    """
+    Read JSON lines; none if the file is missing. Left out are a last line without a line break, of a killed run, and
+    lines that a power cut has damaged.
+    """
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def visible_files(

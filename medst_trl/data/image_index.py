@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import read_jsonl
 from medst_trl.base.processes import ordered_map
 
 from .cells import DICOM_SUFFIXES
@@ -94,8 +94,8 @@ def index_images(
 
     names = list(dict.fromkeys(names))
     partial = path.with_name(f".{path.name}.tmp")
-    entries = {entry["image"]: entry for entry in index_entries(partial) if _is_same(entry, groups)}
-    entries |= {entry["image"]: entry for entry in index_entries(path)}
+    entries = {entry["image"]: entry for entry in read_jsonl(partial) if _is_same(entry, groups)}
+    entries |= {entry["image"]: entry for entry in read_jsonl(path)}
     # Datasets may have been written with the ids of a finished index.
     if path.exists() and not all(_is_same(entry, groups, is_finished=True) for entry in entries.values()):
         raise UserError(
@@ -136,10 +136,3 @@ def _is_same(entry: Mapping, groups: GroupIds, is_finished: bool = False) -> boo
     if "group_id" not in entry:  # version 0.1.0 wrote no groups and no hashes, and showed DICOM files differently
         return is_finished and Path(entry["image"]).suffix.lower() not in DICOM_SUFFIXES
     return entry["group_id"] is None or salt_of(entry["group_id"]) == salt_of(groups.of_key(""))
-
-
-def index_entries(path: Path) -> Iterator[dict]:
-    """Yield the entries of an index. Lines that are damaged, by a killed run or a power cut, are skipped."""
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with suppress(ValueError):
-            yield json.loads(line)

@@ -48,7 +48,7 @@ from .source import ImageReader
 
 
 _FRAME = re.compile(r"#(\d{1,9})$")
-_ANY_SIZE = ImageSettings(max_pixels=sys.maxsize)
+_USUAL, _ANY_SIZE = ImageSettings(), ImageSettings(max_pixels=sys.maxsize)
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
@@ -123,9 +123,8 @@ def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_image(
     path: str | os.PathLike | bytes,
-    settings: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+    settings: ImageSettings = _USUAL,
     frame: int | None = None,
-    *,
     identify: bool = True,
 ) -> StoredImage:
     """
@@ -303,7 +302,7 @@ class FolderImages:
         settings ([`ImageSettings`], *optional*): How to read them.
     """
 
-    def __init__(self, directory: Path, settings: ImageSettings = ImageSettings()):  # noqa: B008 (frozen)
+    def __init__(self, directory: Path, settings: ImageSettings = _USUAL):
         self.directory, self.settings = directory, settings
         self._lock = Lock()  # one thread opens a file of several frames, for all threads
         self._open_once = lru_cache(maxsize=2)(open_image)

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.files import read_object, write_json
+from medst_trl.base.files import read_jsonl, read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
 from medst_trl.data.groups import NEAR_COPY_BITS
@@ -235,9 +235,9 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
 
 def read_inventory(place: Path, datasets: "Iterable[Dataset]", only: Set[str] | None = None) -> Inventory:
     """Read datasets from one place, with the near hashes that `medst prepare` has stored for their images."""
-    from medst_trl.data.image_index import INDEX_FILE, index_entries
+    from medst_trl.data.image_index import INDEX_FILE
 
-    made, entries = Inventory(), chain(*(index_entries(path.with_name(INDEX_FILE)) for path in records_of(place)))
+    made, entries = Inventory(), chain(*(read_jsonl(path.with_name(INDEX_FILE)) for path in records_of(place)))
     hashes = {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}
     for dataset in datasets:
         made.add(dataset, hashes, only)

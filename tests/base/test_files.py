@@ -126,11 +126,11 @@ def test_finished_rows_are_not_computed_again(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ids
 
 
-def test_jsonl_is_read_as_it_was_written_without_an_incomplete_last_line(tmp_path):
+def test_jsonl_is_read_as_it_was_written_without_lines_of_a_killed_run_or_a_power_cut(tmp_path):
     rows = [{"text": "line\u2028separator"}, {"text": "é\n"}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     with open(tmp_path / "a.jsonl", "a") as file:
-        file.write('{"text": "left by a killed r')
+        file.write('\0\0\0\n{"text": "left by a killed r')
     assert read_jsonl(tmp_path / "a.jsonl") == rows and read_jsonl(tmp_path / "none.jsonl") == []
 
 

@@ -106,16 +106,16 @@ def test_an_index_of_another_salt_or_version_is_read_again_or_refused(tmp_path):
         index_images(names, Scans(), path, 1, others)
     lines = path.read_text().splitlines()
     partial = path.rename(tmp_path / ".index.jsonl.tmp")
-    partial.write_text("\n".join(lines[:3]))
+    partial.write_text("\n".join([*lines[:3], ""]))
     reader = Scans()
     mixed = index_images(names, reader, path, 1, others)
     assert len(set(mixed.group_ids.values())) == 2 and reader.read == names
 
     old = [json.dumps({"image": name, "image_id": "of other pixels"}) for name in names[:3]]
-    path.rename(partial).write_text("\n".join([*old, *lines[3:4]]))  # begun by version 0.1.0
+    path.rename(partial).write_text("\n".join([*old, *lines[3:4], ""]))  # begun by version 0.1.0
     reader = Scans()
     assert index_images(names, reader, path, 1, groups) == index and reader.read == [*names[:3], *names[4:]]
-    path.write_text("\n".join([*old, *lines[3:]]))  # its datasets may be there
+    path.write_text("\n".join([*old, *lines[3:], ""]))  # its datasets may be there
     with pytest.raises(UserError, match="by an earlier version that reads DICOM files differently"):
         index_images(names, Scans(), path, 1, groups)
     path.write_text(path.read_text().replace(".dcm", ".png"))
