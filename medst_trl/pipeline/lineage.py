@@ -81,8 +81,11 @@ def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str,
         if path is None or path.resolve() in found:
             return
         found[path.resolve()] = record  # before its inputs, in case of a circle
+        near = run or path.parent
         for source in chain.from_iterable(record.get("inputs", {}).values()):
-            if "path" in source and (place := find_source(source, run or path.parent)):
+            places = possible_places(source["path"], near) if "path" in source else ()
+            # Directories without a record, such as the images of a source, can be large: they are not hashed.
+            if any(nearest_record(place)[0] for place in places) and (place := find_source(source, near)):
                 visit(place)
         found[path.resolve()] = found.pop(path.resolve())  # its inputs come first
 

@@ -24,6 +24,7 @@ from medst_trl.pipeline.lineage import (
     check_contamination,
     image_ids_in,
     possible_places,
+    records_of,
     trained_on,
     training_images,
     write_training_images,
@@ -161,6 +162,16 @@ def test_a_training_stage_of_a_plugin_may_call_its_data_by_another_name(run, mon
     write_stage(run / "tuned", "tune", model_name_or_path=run / "last", pairs=run / "d")
     assert [(Path(one["path"]).name, one["stage"]) for one in trained_on(run / "tuned")][-1] == ("d", "tune")
     assert ids(30, 31, 32) < training_images(run / "tuned")[0]
+
+
+def test_directories_of_images_are_not_hashed_to_follow_records(run, monkeypatch):
+    (run / "hospital").mkdir()
+    write_stage(run / "d", "prepare", data_path=run / "hospital", image_folder=run / "hospital")
+    hashed = []
+    monkeypatch.setattr(
+        "medst_trl.pipeline.lineage.fingerprint", lambda place: hashed.append(place) or fingerprint(place)
+    )
+    assert len(records_of(run / "other")) == 2 and run / "hospital" not in hashed
 
 
 def test_a_circle_of_records_ends(tmp_path):
