@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from serving import serve
 
 from medst_trl import load_policy
+from medst_trl.base.fingerprints import fingerprint
 from medst_trl.cli import main as medst
 from medst_trl.data.schema import benchmark_features, preference_features
 from medst_trl.demo.tiny_model import tiny_llava
@@ -86,6 +87,8 @@ def test_the_ids_of_the_training_images_stay_with_the_model(run, merged):
         content = json.loads((directory / "training_images.json").read_text())
         assert content == {"complete": True, "image_ids": [f"{number:064x}" for number in range(4)]}
         assert "training_images.json" in find_contents(directory).files
+        [data] = json.loads((directory / "stage.json").read_text())["trained_on"]
+        assert data == fingerprint(run / "instruct") | {"stage": "sft", "splits": ["train"]}
         assert "## Training images" in (directory / "README.md").read_text()
 
 
