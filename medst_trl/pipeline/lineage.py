@@ -102,8 +102,8 @@ def trained_on(model: str | Path) -> list[dict[str, Any]]:
     unknown.
 
     The record of a training has this list. For records of earlier versions, those of the models that they started from
-    are followed. A model without a record is unknown if it is missing, is an adapter, has a `training_images.json`, or
-    has a chat template of this package. Otherwise it counts as a base model.
+    are followed. A model without a record is unknown if it is missing, has changed, is an adapter, or has a
+    `training_images.json` or a chat template of this package. Otherwise it counts as a base model.
 
     Args:
         model (`str`): Directory or Hub id.
@@ -125,8 +125,9 @@ def _trainings(source: dict[str, Any], place: Path | None, seen: set[Path]) -> l
     if isinstance(record.get("trained_on"), list):
         return record["trained_on"]
     if record.get("stage") not in STAGES:
-        here = source | ({"path": str(place)} if place else {})
-        return [] if _is_base(here) else [{**source, "stage": None, "splits": []}]
+        here = source | {"path": str(place)} if place else source
+        is_base = path is None and (place is not None or "hub_id" in source) and _is_base(here)
+        return [] if is_base else [{**source, "stage": None, "splits": []}]
     stage, settings = STAGES.get(record["stage"]), record.get("settings", {})
     splits = [settings.get("train_split") or "train"]
     if settings.get("eval_strategy", "no") != "no":

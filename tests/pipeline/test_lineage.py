@@ -174,6 +174,17 @@ def test_directories_of_images_are_not_hashed_to_follow_records(run, monkeypatch
     assert len(records_of(run / "other")) == 2 and run / "hospital" not in hashed
 
 
+def test_a_model_made_by_an_unknown_stage_is_no_base_model(run):
+    (run / "base" / "stage.json").write_text(json.dumps({"stage": "of a plugin that is not here"}))
+    assert training_images(run / "base") == (set(), False) and not training_images(run / "last")[1]
+
+
+def test_a_base_model_that_has_changed_is_unknown(run):
+    assert training_images(run / "last")[1]
+    (run / "base" / "config.json").write_text('{"other": 1}')
+    assert not training_images(run / "last")[1]
+
+
 def test_a_circle_of_records_ends(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     second.mkdir()
