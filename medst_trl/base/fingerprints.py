@@ -63,7 +63,8 @@ def same_source(old: dict, new: dict) -> bool:
         return old["hub_id"] == new["hub_id"] and len(revisions) < 2
     if "used_sha256" in new and "sha256" in old:
         new = fingerprint(new["path"])
-    return any(key in old and old[key] == new.get(key) for key in ("sha256", "used_sha256"))
+    same = {key for key in ("sha256", "used_sha256", "images_sha256") if key in old and old[key] == new.get(key)}
+    return bool(same - {"images_sha256"}) and same >= old.keys() & {"images_sha256"}
 
 
 def package_versions() -> dict[str, str | None]:

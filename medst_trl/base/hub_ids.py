@@ -12,7 +12,7 @@ from .errors import UserError
 
 HUB_TIMEOUT = 10  # seconds, for an answer of any kind
 
-_HUB_ID = re.compile(r"(?P<owner>\w[\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
 def can_be_hub_id(name: str) -> bool:
@@ -22,16 +22,13 @@ def can_be_hub_id(name: str) -> bool:
 
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form OWNER/NAME, without a revision."""
-    match = _HUB_ID.fullmatch(name)
-    return match is not None and match["owner"] is not None and "@" not in name
+    return can_be_hub_id(name) and "/" in name and "@" not in name
 
 
 def is_hub_id(name: object) -> bool:
     """Whether a setting is looked for on the Hub: `org/name` or `org/name@revision`, and no path of this machine."""
-    if not isinstance(name, str) or os.path.exists(name):
-        return False
-    match = _HUB_ID.fullmatch(name)
-    return match is not None and match["owner"] is not None
+    is_name = isinstance(name, str) and can_be_hub_id(name) and "/" in name.partition("@")[0]
+    return is_name and not os.path.exists(name)
 
 
 def is_only_on_hub(name: str) -> bool:

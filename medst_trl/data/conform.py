@@ -6,25 +6,28 @@ Give other people's datasets our columns: TRL's pairs and conversations, questio
 Images are neither decoded nor copied. Only texts are converted, and only in columns of another form.
 """
 
+import json
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate, chain
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import rank
 
-from .cells import BadRecord
-from .schema import KINDS, Kind, features_of, image_part, text_part
-from .source import Question
+from .cells import answer_text, group_text, is_missing, optional_text
+from .groups import GROUP_ID, GroupIds
+from .schema import KINDS, Kind, features_of, image_part, text_of, text_part
+from .source import Question, free_id
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
-# What a missing column is made of, if the dataset has it.
+# Columns from which a missing column can be computed, if a dataset has all of them.
 _MADE_OF = {
     "id": (),
     "image_ids": (),
@@ -33,11 +36,14 @@ _MADE_OF = {
     "prompt": ("chosen", "rejected"),
     "questions": ("question", "answer"),
 }
-_QUESTION = ("id", "question", "answer", "answer_type", "question_type", "link")
-_OF_A_QUESTION = (*_QUESTION, "question_id")
-_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}  # of a text that is no message
-MALFORMED = (ValueError, TypeError, AttributeError)  # what reading a record of another form raises
+QUESTION_FIELDS = ("id", "question", "answer", "answer_type", "question_type", "link")
+_QUESTION_INPUT = (*QUESTION_FIELDS, "question_id")
+# Of a text that is not a message, by column.
+_ROLE_OF = {"prompt": "user"} | dict.fromkeys(("chosen", "rejected"), "assistant")
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 _IMAGE_ID = re.compile("[0-9a-f]{64}")
+# Besides messages and numbers. Other columns only change their type.
+_READ_BY_ROW = ("id", "image_ids", "image_id", "group_id", "answers", "questions")
 
 
 def missing_columns(columns: Collection[str], kind: str) -> list[str]:
@@ -47,13 +53,13 @@ def missing_columns(columns: Collection[str], kind: str) -> list[str]:
     return [name for name in own.columns if not (name in columns or name in own.optional or name in made)]
 
 
-def check_missing(columns: Collection[str], kind: str) -> None:
-    """Raise a `UserError` that names the [`missing_columns`]."""
-    if missing := missing_columns(columns, kind):
+def check_missing(columns: Collection[str], kind: str, required: Collection[str] = ()) -> None:
+    """Raise a `UserError` that names the [`missing_columns`], and the `required` ones that are missing."""
+    if missing := missing_columns(columns, kind) or [name for name in required if name not in columns]:
         raise UserError(
             f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
-            f"has {', '.join(columns)}. `medst {KINDS.get(kind).maker}` makes such datasets; docs/data.md shows how "
-            "to use your own."
+            f"has {', '.join(columns) or 'none'}. `medst {KINDS.get(kind).maker}` makes such datasets; docs/data.md "
+            "shows how to use your own, and what `medst prepare` reads."
         )
 
 
@@ -64,8 +70,9 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     Accepted are other types for the same content (large strings, extra keys in messages), message content as strings,
     a column `image` in place of `images`, pairs whose prompt is the beginning of both answers, and a benchmark with
     one question per row (`image`, `question`, `answer`). A missing `id` becomes the number of the row, and a repeated
-    one gets a suffix. Missing `image_ids` are null, see [`with_image_ids`]. Rows whose messages cannot be read keep
-    none, so that the stages reject them.
+    one gets a suffix. Image ids that are not hashes of pixels become null, see
+    [`~medst_trl.data.identify.with_image_ids`], and each `group_id` that is not hashed is hashed with the user's salt.
+    Rows whose texts cannot be used keep none, so that the stages reject them.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -77,38 +84,29 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
         UserError: if required columns are missing, have another type, or none of the rows can be read.
     """
     import pyarrow as pa
-    from datasets import Dataset, DatasetInfo, Features, Value
+    from datasets import Dataset, DatasetInfo, Features
     from datasets.fingerprint import Hasher
     from datasets.table import InMemoryTable, concat_tables
 
     check_missing(dataset.features, kind)
     given, own, table = dataset.features, KINDS.get(kind), dataset.data
-    wanted = features_of(kind) | {name: Value("float64") for name in own.extras if name in given}
-    if not (other := _columns_to_convert(dataset, own, wanted)):
+    wanted = features_of(kind, extras=given)
+    if not (to_convert := _columns_to_convert(dataset, own, wanted)):
         return dataset
     columns = {name: table.column(name) for name in given}
-    if "images" in other:
+    if "images" in to_convert:
         columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
         columns.pop("image", None)
-    texts = messages_of(own)
-    if not other.isdisjoint(texts):
-        columns |= _conversations(columns, texts, kind)
-    if "questions" in other:
-        columns["questions"] = _questions(columns)
-        other.add("image_id")
-        ids = columns["image_id"].to_pylist() if "image_id" in columns else [None] * len(table)
-        ids = [name if _IMAGE_ID.fullmatch(str(name)) else None for name in ids]  # theirs often has another meaning
-        columns["image_id"] = _column(ids, wanted["image_id"])
-    if "id" in other:
-        ids = columns["id"].to_pylist() if "id" in columns else [None] * len(table)
-        columns["id"] = _column(_unique_ids(ids), wanted["id"])
-    for name in other:
+    if by_row := {*_READ_BY_ROW, *messages_of(own), *own.extras} & to_convert:
+        made = _read_rows(columns, own, by_row)
+        columns |= {name: _column(made[name], wanted[name]) for name in by_row}
+    for name in to_convert:
         if name not in columns or own.optional.get(name) == []:  # messages that are not used
             columns[name] = _column([own.optional.get(name)] * len(table), wanted[name])
         columns[name] = _cast(columns[name], wanted[name], name, kind)
-    features = {name: wanted[name] if name in other else given[name] for name in columns}
-    kept = table.select([name for name in columns if name not in other])
-    made = InMemoryTable(pa.table({name: columns[name] for name in columns if name in other}))
+    features = {name: wanted[name] if name in to_convert else given[name] for name in columns}
+    kept = table.select([name for name in columns if name not in to_convert])
+    made = InMemoryTable(pa.table({name: columns[name] for name in columns if name in to_convert}))
     return Dataset(
         concat_tables([kept, made], axis=1) if kept.num_columns else made,
         info=DatasetInfo(features=Features(features)),
@@ -118,14 +116,27 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     )
 
 
-def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: Mapping[str, Any]) -> set[str]:
-    """The columns that are missing or of another type, those with null in place of a list, and ids not unique."""
+def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> set[str]:
+    """The columns that are missing, have another type, or have values that a stage cannot use as they are."""
     import pyarrow.compute as pc
 
-    other = {name for name, feature in wanted.items() if dataset.features.get(name) != feature}
-    same = {name: dataset.data.column(name) for name in wanted if name not in other}
-    other |= {name for name in ("images", *messages_of(kind)) if name in same and same[name].null_count}
-    return other | ({"id"} if "id" in same and pc.count_distinct(same["id"]).as_py() < len(dataset.data) else set())
+    reader = RowReader(kind, ())
+
+    def is_usable(name: str) -> bool:
+        if dataset.features.get(name) != wanted[name]:
+            return False
+        column = dataset.data.column(name)
+        if name in ("image_id", "image_ids", "group_id", *kind.extras):
+            with suppress(ValueError):
+                return all(reader.value(name, value) == value for value in column.to_pylist())
+            return False
+        if name == "id":
+            return pc.count_distinct(column).as_py() == len(column)
+        return not (isinstance(kind.columns[name], list) and column.null_count)
+
+    found, texts = {name for name in wanted if not is_usable(name)}, {*messages_of(kind)}
+    # A row with an answer or number that cannot be used loses its texts, too.
+    return found | (texts if found & {*texts, *kind.extras, "answers"} else set())
 
 
 def report_unusable(problems: Sequence[str], used: int, name: str) -> None:
@@ -135,28 +146,141 @@ def report_unusable(problems: Sequence[str], used: int, name: str) -> None:
     Raises:
         UserError: if none is used.
     """
-    total = len(problems) + used
     if problems and not used:
-        raise UserError(f"{name}: none of its {total} rows can be used. The first: {problems[0]}")
+        raise UserError(f"{name}: none of its {len(problems)} rows can be used. The first: {problems[0]}")
     if problems and rank() == 0:
-        print(f"{name}: {len(problems)} of {total} rows cannot be used. The first: {problems[0]}")
+        print(f"{name}: {len(problems)} of {len(problems) + used} rows cannot be used. The first: {problems[0]}")
 
 
-def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dict]]:
+class RowReader:
+    """
+    Reads records of other people's data as rows of a kind, and counts those that cannot be used.
+
+    Args:
+        kind ([`Kind`]):
+            The kind.
+        names (sequence of `str`):
+            The columns to make, without those of images.
+
+    Attributes:
+        problems (`list[str]`):
+            Why records, or questions of a benchmark, cannot be used.
+        used (`int`):
+            The number of those that can be used.
+    """
+
+    def __init__(self, kind: Kind, names: Collection[str]):
+        self.kind, self.names, self.group_ids = kind, names, GroupIds()
+        self.texts = [name for name in messages_of(kind) if name in names]
+        self.problems, self.used = [], 0
+
+    @contextmanager
+    def counted(self, where: str) -> Iterator[None]:
+        """Count what is raised for a record as a problem, and suppress it."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # records of another form raise almost anything
+            self.problems.append(f"{where}: {error}")
+
+    def read(self, record: Mapping[str, Any], images: int, place: int, where: str) -> dict[str, Any]:
+        """
+        Return the columns to make of a record.
+
+        Args:
+            record (`dict`): The record.
+            images (`int`): The number of its images.
+            place (`int`): Its number in the dataset, for a missing id.
+            where (`str`): What messages call it.
+
+        Raises:
+            Exception: any, if it cannot be used; see [`RowReader.counted`].
+        """
+        row = typed_messages(record, self.texts, images) if self.texts else {}
+        row |= {name: self.value(name, record.get(name)) for name in self.names if name not in row}
+        if "id" in row:
+            row["id"] = row["id"] or str(place)
+        if "questions" in row:
+            row["questions"] = list(self._questions(record, place, where))
+        self.used += len(row.get("questions", [1]))
+        return row
+
+    def value(self, name: str, value: Any) -> Any:
+        """Return the value of a column without messages, see [`RowReader.read`]."""
+        if name in self.kind.extras:
+            number = self.kind.extras[name] if value is None else float(value)
+            if not 0 <= number < inf:
+                raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
+            return number
+        if name == "answers":
+            if not isinstance(value, list) or len(value) < 2:
+                raise ValueError("it has fewer than two answers")
+            return list(map(answer_text, value))
+        if name in ("image_id", "image_ids"):
+            ids = value if name == "image_ids" else [value]
+            are_ids = isinstance(ids, list) and all(_IMAGE_ID.fullmatch(str(one)) for one in ids)
+            return value if are_ids else None
+        if self.kind.columns[name] == "float64":
+            return None if is_missing(value) else float(value)
+        if name == "group_id":
+            group = group_text(value)
+            return group if GROUP_ID.fullmatch(group or "") else self.group_ids.of_key(group)
+        return json.dumps(value) if isinstance(value, dict | list) else optional_text(value)
+
+    def _questions(self, record: Mapping[str, Any], place: int, where: str) -> Iterator[dict[str, Any]]:
+        """The questions of a row of a benchmark, from its list or from one question per row."""
+        for number, row in enumerate(record["questions"] or () if "questions" in record else [record]):
+            with self.counted(where):
+                own = next((row[name] for name in ("question_id", "id") if not is_missing(row.get(name))), None)
+                own = (f"{place}-{number}" if number else place) if own is None else own
+                question = Question.from_row(str(own), row | {"image": "its", "split": "test"})
+                yield {field: getattr(question, field) for field in QUESTION_FIELDS}
+
+    def empty(self, record: Mapping[str, Any], images: int, place: int) -> dict[str, Any]:
+        """Return a row without texts and answers, in place of one that cannot be used."""
+        row = {name: self.kind.extras.get(name) for name in self.names} | {"id": str(record.get("id") or place)}
+        row |= {name: [] for name in (*self.texts, "answers", "questions")}
+        return row | {name: [{"role": "user", "content": [image_part()] * images}] for name in self.texts[:1]}
+
+
+def _read_rows(columns: "Mapping[str, pa.ChunkedArray]", kind: Kind, names: Collection[str]) -> dict[str, list]:
+    """Make columns of a kind from those of a dataset, row by row."""
+    import pyarrow.compute as pc
+
+    reader, (rows, *_) = RowReader(kind, names), map(len, columns.values())
+    sources = {*names, *_QUESTION_INPUT, *chain.from_iterable(_MADE_OF.get(name, ()) for name in names)}
+    lists = {name: columns[name].to_pylist() for name in sources if name in columns}
+    counts = pc.list_value_length(columns["images"]).to_pylist() if "images" in columns else [1] * rows
+    found = []
+    for place, images in enumerate(counts):
+        record = {name: values[place] for name, values in lists.items()}
+        row = None
+        with reader.counted(f"row {place}"):
+            row = reader.read(record, images, place, f"row {place}")
+        found.append(row or reader.empty(record, images, place))
+    report_unusable(reader.problems, reader.used, f"The {kind.name} data")
+    made, taken = {name: [row[name] for row in found] for name in names}, {}
+    return made | {"id": [free_id(name, taken) for name in made.get("id", ())]}
+
+
+def typed_messages(record: Mapping[str, Any], names: Sequence[str], images: int) -> dict[str, list[dict]]:
     """
     Return the texts of a record as messages with typed parts.
 
     Args:
-        values (`dict`):
+        record (`dict`):
             By column: messages whose content is a text or typed parts, or a text alone. Without a `prompt`, it is what
             `chosen` and `rejected` have in common.
+        names (sequence of `str`):
+            The columns of messages to return.
         images (`int`):
             Number of images. If no message has an image part, they come before the first user's text, as in TRL.
 
     Raises:
         ValueError, TypeError or AttributeError: for anything else.
     """
-    row = {name: _messages(value, _ROLES.get(name)) for name, value in values.items()}
+    row = {name: _messages(record.get(name), _ROLE_OF.get(name)) for name in names}
     if "chosen" in row:
         answers = row["chosen"], row["rejected"]
         pairs = enumerate(zip(*answers))
@@ -168,34 +292,39 @@ def typed_messages(values: Mapping[str, Any], images: int) -> dict[str, list[dic
     if empty := [name for name, messages in row.items() if not messages]:
         raise ValueError(f"{' and '.join(empty)} has no message")
     parts = [part for messages in row.values() for message in messages for part in message["content"]]
-    asked = next((message for message in next(iter(row.values())) if message["role"] == "user"), None)
-    placed = sum(part["type"] == "image" for part in parts)
-    if placed not in (0, images):
-        raise ValueError(f"{placed} image parts for {images} images")
-    if asked and not placed:
-        asked["content"] = [image_part() for _ in range(images)] + asked["content"]
+    image_parts = sum(part["type"] == "image" for part in parts)
+    if image_parts not in (0, images):
+        raise ValueError(f"{image_parts} image parts for {images} images")
+    if images and not image_parts:
+        first = next((message for message in next(iter(row.values())) if message["role"] == "user"), None)
+        if first is None:
+            raise ValueError("it has images and no message of a user")
+        first["content"] = [image_part() for _ in range(images)] + first["content"]
     return row
 
 
 def _messages(value: Any, role: str | None) -> list[dict]:
-    messages = [{"role": role, "content": value}] if isinstance(value, str) and role else value or []
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}] if role else json.loads(value)
     found = []
-    for message in messages if isinstance(messages, list) else [None]:
+    for message in value or () if isinstance(value, list | None) else [None]:
         content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
-            raise ValueError("messages need a role, and content that is a text or a list of parts")
+        role = _ROLES.get(str(message.get("role")).strip().lower()) if content is not None else None
+        if role is None or not isinstance(content, str | list):
+            raise ValueError("messages need a role (user, assistant, system), and content: a text or a list of parts")
         parts = [text_part(content)] if isinstance(content, str) else [_part(part) for part in content]
-        found.append({"role": message["role"], "content": parts, "vusr": bool(message.get("vusr"))})
+        if is_missing(text_of(parts)) and not (role == "user" and image_part() in parts):
+            raise ValueError(f"a message of role {role} has an empty text")
+        found.append({"role": role, "content": parts, "vusr": bool(message.get("vusr"))})
     return found
 
 
 def _part(part: Mapping[str, Any]) -> dict:
-    kind, text = part.get("type"), part.get("text")
-    if kind == "image":
+    if part.get("type") == "image":
         return image_part()
-    if kind in ("text", None) and isinstance(text, str):
-        return text_part(text)
-    raise ValueError(f"a part of a message has the type {kind!r}, not text or image")
+    if part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return text_part(part["text"])
+    raise ValueError(f"a part of a message has the type {part.get('type')!r}, not text or image")
 
 
 def messages_of(kind: Kind) -> list[str]:
@@ -204,79 +333,21 @@ def messages_of(kind: Kind) -> list[str]:
     return [name for name, inner in columns.items() if "role" in inner and name not in kind.optional]
 
 
-def _conversations(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str], kind: str) -> "dict[str, Any]":
-    """The columns of messages in the form of a kind; see [`typed_messages`]. Rows that cannot be read become empty."""
-    import pyarrow.compute as pc
-
-    counts = pc.list_value_length(columns["images"]).to_pylist()
-    given = [columns[name].to_pylist() if name in columns else [None] * len(counts) for name in names]
-    rows, problems = {name: [] for name in names}, []
-    for place, (count, *values) in enumerate(zip(counts, *given, strict=True)):
-        try:
-            row = typed_messages(dict(zip(names, values, strict=True)), count)
-        except MALFORMED as error:
-            problems.append(f"row {place}: {error}")
-            row = {name: [] for name in names} | {names[0]: [{"role": "user", "content": [image_part()] * count}]}
-        for name in names:
-            rows[name].append(row[name])
-    report_unusable(problems, len(counts) - len(problems), f"The {kind} data")
-    return {name: _column(rows[name], features_of(kind)[name]) for name in names}
-
-
-def _questions(columns: "Mapping[str, pa.ChunkedArray]") -> "pa.ChunkedArray":
-    """The questions of each row of a benchmark, from its lists or from one question per row. Unusable ones are out."""
-
-    names = [name for name in _OF_A_QUESTION if name in columns]
-    rows = [[dict(zip(names, row))] for row in zip(*(columns[name].to_pylist() for name in names))]
-    rows = columns["questions"].to_pylist() if "questions" in columns else rows
-    questions, problems = [], []
-    for place, asked in enumerate(rows):
-        questions.append([])
-        for number, row in enumerate(asked or ()):
-            own = next((row[name] for name in ("question_id", "id") if row.get(name) is not None), None)
-            name = str(place if own is None else own) + (f"-{number}" if own is None and number else "")
-            try:
-                found = Question.from_row(name, row | {"image": "its", "split": "test"})
-                questions[-1].append({name: getattr(found, name) for name in _QUESTION})
-            except BadRecord as error:
-                problems.append(f"row {place}: {error.reason}")
-    report_unusable(problems, sum(map(len, questions)), "The benchmark")
-    return _column(questions, features_of("benchmark")["questions"])
-
-
-def _unique_ids(names: Sequence[Any]) -> list[str]:
-    """The ids of all rows; a missing one is the number of the row, a repeated one gets a number."""
-    names = [str(place) if name is None else str(name) for place, name in enumerate(names)]
-    seen, taken = Counter(), set(names)
-    for place, name in enumerate(names):
-        seen[name] += 1
-        while seen[name] > 1 and (new := f"{name}-{seen[name]}") in taken:
-            seen[name] += 1
-        if seen[name] > 1:
-            names[place] = new
-            taken.add(new)
-    return names
-
-
 def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":
     """One image per row, or lists with null in place of none, as lists of images. The bytes are not copied."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Image, List
 
-    def lists(values: pa.Array, counts: Iterable[int]) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(list(accumulate(counts, initial=0)), pa.int32()), values)
-
     is_list = "list" in str(column.type)
+
+    def lists(chunk: pa.Array) -> pa.Array:
+        counts = pc.fill_null(pc.list_value_length(chunk), 0) if is_list else chunk.is_valid()
+        starts = pa.array(list(accumulate(counts.to_pylist(), initial=0)), pa.int32())
+        return pa.ListArray.from_arrays(starts, pc.list_flatten(chunk) if is_list else chunk.drop_null())
+
     column = _cast(column, List(Image()) if is_list else Image(), "images", kind)
-    if not is_list:
-        chunks = [lists(chunk.drop_null(), chunk.is_valid().to_pylist()) for chunk in column.chunks]
-    elif column.null_count:
-        lengths = [pc.fill_null(pc.list_value_length(chunk), 0).to_pylist() for chunk in column.chunks]
-        chunks = [lists(pc.list_flatten(chunk), counts) for chunk, counts in zip(column.chunks, lengths, strict=True)]
-    else:
-        return column
-    return pa.chunked_array(chunks, features_of(kind).arrow_schema.field("images").type)
+    return pa.chunked_array(map(lists, column.chunks), features_of(kind).arrow_schema.field("images").type)
 
 
 def _cast(column: "pa.ChunkedArray", feature: Any, name: str, kind: str) -> "pa.ChunkedArray":

@@ -10,8 +10,10 @@ What belongs together is never divided, see [`Grouping`].
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import cached_property
@@ -24,6 +26,7 @@ GROUP_LEVELS = ("patient", "study", "directory")
 DISJOINT = ("none", "image", "group")
 NEAR_COPY_BITS = 10  # see `near_copies.py`
 SALT_VARIABLE = "MEDST_GROUP_SALT"
+GROUP_ID = re.compile("[0-9a-f]{6}-[0-9a-f]{20}")  # see `group_id`
 _SALT_BYTES = 32
 
 
@@ -78,7 +81,7 @@ def group_id(salt: bytes, key: str) -> str:
 
 
 def salt_of(group: str) -> str:
-    """Return the digits of a group id that identify its salt. Ids of your own without a dash have an empty one."""
+    """Return the digits of a group id that identify its salt."""
     return group.rpartition("-")[0]
 
 
@@ -94,9 +97,12 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_SALT_BYTES))
-            print(f"Group ids are hashed with the new salt {path}. Keep it private, and use it for all your datasets.")
+            try:
+                with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                    file.write(secrets.token_bytes(_SALT_BYTES))
+                print(f"Group ids are hashed with the new salt {path}. Keep it private and use it for all datasets.")
+            except FileExistsError:  # another process of the same launch is writing it
+                time.sleep(1)
         salt = path.read_bytes()
     except OSError as error:
         raise UserError(f"group_salt {path}: {error.strerror}. Set --group_salt to a file of your own.") from None

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from medst_trl.base.processes import cores, ordered_map, rank
 
 from .conform import report_unusable
-from .images import identify
 from .schema import bytes_of, with_stored_images
 
 
@@ -34,15 +31,15 @@ def with_image_ids(dataset: "Dataset") -> "Dataset":
     name = next((name for name in ("image_ids", "image_id") if name in dataset.features), None)
     if name is None or not dataset.data.column(name).null_count:
         return dataset
-    ids, feature = image_ids_of(dataset), dataset.features[name]
-    if name == "image_id":
+    feature, ids = dataset.features[name], image_ids_of(dataset)
+    if name == "image_ids":
+        ids = [[image or secrets.token_hex(32) for image in row] for row in ids]
+    else:
         ids = [row[0] for row in ids]
-        problems = [f"row {place}: its image cannot be decoded" for place, image in enumerate(ids) if image is None]
-        report_unusable(problems, len(ids) - len(problems), "The benchmark")
-        dataset = dataset.remove_columns(name).add_column(name, ids, feature=feature)
-        return dataset.select([place for place, image in enumerate(ids) if image]) if problems else dataset
-    ids = [[image or secrets.token_hex(32) for image in row] for row in ids]
-    return dataset.remove_columns(name).add_column(name, ids, feature=feature)
+    dataset = dataset.remove_columns(name).add_column(name, ids, feature=feature)
+    problems = [f"row {place}: its image cannot be decoded" for place, image in enumerate(ids) if image is None]
+    report_unusable(problems, len(ids) - len(problems), "The benchmark")
+    return dataset.select([place for place, image in enumerate(ids) if image is not None]) if problems else dataset
 
 
 def image_ids_of(dataset: "Dataset") -> list[list[str | None]]:
@@ -78,6 +75,10 @@ def hash_images(dataset: "Dataset") -> dict[str, str | None]:
 
 def _identities(dataset: "Dataset", rows: Sequence[int], title: str) -> dict[int, list[tuple[str | None, str | None]]]:
     """The ids and near hashes of the images of some rows, each different image decoded once."""
+    from tqdm.auto import tqdm
+
+    from .images import identify  # loads NumPy and Pillow
+
     column, known = "images" if "images" in dataset.features else "image", {}
     stored = with_stored_images(dataset.select_columns([column]))
 

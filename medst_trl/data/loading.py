@@ -7,9 +7,8 @@ A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk
 """
 
 import glob
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -17,20 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, located
 from medst_trl.base.files import did_you_mean
-from medst_trl.base.hub_ids import split_revision
+from medst_trl.base.fingerprints import fingerprint
+from medst_trl.base.hub_ids import is_only_on_hub, split_revision
+from medst_trl.base.processes import rank
 
-from .cells import SPLIT_NAMES, answer_text, is_missing
-from .conform import (
-    MALFORMED,
-    check_missing,
-    conform,
-    messages_of,
-    missing_columns,
-    report_unusable,
-    typed_messages,
-)
+from .cells import SPLIT_NAMES, is_missing, optional_text
+from .conform import RowReader, check_missing, conform, missing_columns, report_unusable
+from .identify import with_image_ids
 from .reading import read_json_records
-from .schema import KINDS, feature_of, kind_of
+from .schema import KINDS, features_of, kind_of
 from .source import Rejected
 
 
@@ -39,9 +33,9 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 _IN_DIRECTORIES = (".parquet", ".jsonl")  # not .json, as many other files are
-_SUFFIXES = (*_IN_DIRECTORIES, ".json")
-# Columns besides those of a kind that JSON records may have.
-_MORE = dict.fromkeys(("question", "answer", "answer_type", "question_type", "question_id"), "string")
+_JSON = (".jsonl", ".json")
+_SUFFIXES = (".parquet", *_JSON)
+_SPLITS = list(dict.fromkeys(SPLIT_NAMES.values()))
 
 
 def load_records(
@@ -70,15 +64,9 @@ def load_records(
     found = kind_of(dataset.features)
     if kind is None and found is not None and not missing_columns(dataset.features, found.name):
         kind = found.name
-    try:
-        dataset = dataset if kind is None else conform(dataset, kind)
-    except UserError as error:
-        raise UserError(f"{path_or_hub_id}: {error}") from None
-    if not identify:
-        return dataset
-    from .identify import with_image_ids  # loads NumPy and Pillow
-
-    return with_image_ids(dataset)
+    with located(str(path_or_hub_id)):
+        dataset = _rows_of_split(dataset if kind is None else conform(dataset, kind), split)
+    return with_image_ids(dataset) if identify else dataset
 
 
 def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Dataset":
@@ -88,6 +76,8 @@ def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Data
     with readable_errors(path_or_hub_id, lambda: _datasets_near(path, split, kind)):
         if path.exists():
             return _read(split_files(path, split, kind), split, kind)
+        if not is_only_on_hub(str(path_or_hub_id)):
+            raise FileNotFoundError
         hub_id, revision = split_revision(str(path_or_hub_id))
         return load_dataset(hub_id, split=split, revision=revision)
 
@@ -110,10 +100,8 @@ def readable_errors(path_or_hub_id: str | PathLike, near: Callable[[], str] = st
             f"{path_or_hub_id} is not a directory, and the Hub cannot be reached ({str(error).splitlines()[0]})."
             f"{near()} Check the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
         ) from None
-    except (DatasetGenerationError, KeyError) as error:  # damaged, or files with different columns
-        raise UserError(f"{path_or_hub_id} cannot be read: {error.__cause__ or error}") from None
-    except ValueError as error:  # an unknown split
-        raise UserError(f"{path_or_hub_id}: {error}") from None
+    except (DatasetGenerationError, KeyError, ValueError) as error:  # damaged, other columns, an unknown split
+        raise UserError(f"{path_or_hub_id}: {error.__cause__ or error}") from None
 
 
 def _read(files: list[Path], split: str, kind: str | None) -> "Dataset":
@@ -129,64 +117,66 @@ def _read(files: list[Path], split: str, kind: str | None) -> "Dataset":
 
 def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     """The records of JSON files. Images are files, named relative to the JSON file and inside its directory."""
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, Value
 
-    from .image_formats import ImageProblem  # loads Pillow
-
-    records = [(path, *found) for path in files for found in read_json_records(path, "images", notes={})]
-    given = dict.fromkeys(name for _, _, record in records if isinstance(record, dict) for name in record)
+    records, notes = [], {}
+    for path in files:
+        records += [(path, *found) for found in read_json_records(path, "image", notes)]
+    given = dict.fromkeys(name for *_, record in records if isinstance(record, dict) for name in record)
     own = kind_of(given) if kind is None else KINDS.get(kind)
     where = str(files[0] if len(files) == 1 else files[0].parent)
     if own is None:
-        raise UserError(f"{where} has the columns {', '.join(given)}, which are those of no kind of dataset.")
+        raise UserError(f"{where} has the columns {', '.join(given) or 'none'}, which no kind of dataset has.")
     with located(where):
         check_missing(given, own.name)
-    known = _MORE | dict.fromkeys(own.extras, "float64") | own.columns
-    texts, rows, problems = messages_of(own), [], []
-    columns = {name: known[name] for name in known if name in {"images", "image", *texts, *given}}
-    for path, position, record in records:
-        try:
+    if notes and rank() == 0:
+        print(f"{where}: {', '.join(notes.values())}")
+    columns = features_of(own.name, extras=given).items()
+    wanted = {name: feature for name, feature in columns if own.optional.get(name) != []}
+    column = "images" if "images" in wanted else "image"
+    reader, rows = RowReader(own, wanted.keys() - {column}), []
+    for place, (path, position, record) in enumerate(records):
+        name = f"{path.name}, record {position}"
+        with reader.counted(name):
             if isinstance(record, Rejected):
                 raise ValueError(record.reason)
-            rows.append(_json_row(record, columns, texts, path.parent))
-        except (*MALFORMED, ImageProblem) as error:
-            problems.append(f"{path.name}, record {position}: {error}")
-    report_unusable(problems, len(rows), where)
-    return Dataset.from_list(rows, Features({name: feature_of(column) for name, column in columns.items()}))
+            images = [_image_file(path.parent, image) for image in _named_images(record)]
+            row = reader.read(record, len(images), place, name) | {"split": optional_text(record.get("split"))}
+            rows.append(row | {column: images if column == "images" else next(iter(images), None)})
+    report_unusable(reader.problems, reader.used, where)
+    return Dataset.from_list(rows, Features(wanted | {"split": Value("string")}))
 
 
-def _json_row(
-    record: Mapping[str, Any], columns: Mapping[str, Any], texts: Sequence[str], directory: Path
-) -> dict[str, Any]:
-    """A record as a row with those of the columns that it or another record has; `texts` are those of messages."""
+def _rows_of_split(dataset: "Dataset", split: str) -> "Dataset":
+    """The rows whose own split, in the column `split`, is this one or none."""
+    values = dataset["split"][:] if "split" in dataset.features and split in _SPLITS else []
+    named = [None if is_missing(value) else SPLIT_NAMES.get(str(value).strip().casefold()) for value in values]
+    places = [place for place, found in enumerate(named) if found in (None, split)]
+    if len(places) == len(values):
+        return dataset
+    text = f"{len(places)} of {len(values)} rows are of the split {split!r}, as the column `split` says"
+    if not places:
+        raise UserError(f"{text}.")
+    if rank() == 0:
+        print(text)
+    return dataset.select(places)
+
+
+def _named_images(record: dict[str, Any]) -> list[Any]:
+    """What a JSON record has as names of its images."""
     images = record.get("images") or record.get("image") or []
-    images = [_image_file(image, directory) for image in (images if isinstance(images, list) else [images])]
-    row = typed_messages({name: record.get(name) for name in texts}, len(images)) if texts else {}
-    row |= {"images": images} if "images" in columns else {"image": images[0] if images else None}
-    return row | {name: _json_value(record.get(name), columns[name]) for name in columns if name not in row}
+    images = images if isinstance(images, list) else [images]
+    return [image.get("path") if isinstance(image, dict) else image for image in images]
 
 
-def _image_file(image: Any, directory: Path) -> dict[str, Any]:
-    from .image_formats import ImageProblem
+def _image_file(directory: Path, name: str) -> dict[str, Any]:
+    from .image_formats import ImageProblem  # loads Pillow
     from .images import resolve_inside
 
-    name = image.get("path") if isinstance(image, dict) else image
     path = resolve_inside(directory, name)
-    if path.exists() and not path.is_file():
-        raise ImageProblem("not_a_file", name)
+    if not path.is_file():
+        raise ImageProblem("not_a_file" if path.exists() else "missing", name)
     return {"bytes": None, "path": str(path)}
-
-
-def _json_value(value: Any, column: Any) -> Any:
-    if isinstance(column, list) and value is not None:
-        return [_json_value(item, column[0]) for item in value]
-    if isinstance(column, Mapping):
-        return {name: _json_value(value.get(name), inner) for name, inner in column.items()}
-    if column == "float64":
-        return None if value is None else float(value)
-    if isinstance(value, dict | list):
-        return json.dumps(value)
-    return None if is_missing(value) else answer_text(value)
 
 
 def mix(
@@ -216,10 +206,19 @@ def mix(
         return interleave_datasets(list(datasets), shares, seed, stopping_strategy="all_exhausted")
     most = min((len(dataset) / share for dataset, share in zip(datasets, shares)), default=0)
     if shares:
-        datasets = [
-            dataset.select(range(round(share * most))) for dataset, share in zip(datasets, shares, strict=True)
-        ]
+        datasets = [data.select(range(round(share * most))) for data, share in zip(datasets, shares, strict=True)]
     return concatenate_datasets(datasets)
+
+
+def fingerprint_dataset(source: str | PathLike) -> dict[str, str | None]:
+    """Return the [`fingerprint`] of a dataset. That of a JSON file also has a hash of the images that it names."""
+    found, path = fingerprint(source), Path(source)
+    if path.is_file() and path.suffix in _JSON:
+        with suppress(UserError):  # other JSON
+            records = [row for _, row in read_json_records(path, "image") if isinstance(row, dict)]
+            if names := [name for row in records for name in _named_images(row) if isinstance(name, str)]:
+                found["images_sha256"] = fingerprint(path.parent, names)["used_sha256"]
+    return found
 
 
 def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
@@ -232,42 +231,48 @@ def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
     """
     if found := _find(path, split):
         return found
-    near = _datasets_near(path, split, kind)
+    near, shard = _datasets_near(path, split, kind), _SHARD.fullmatch(path.name)
+    if shard and int(shard["total"]) > 1:
+        raise UserError(f"{path} is one of {int(shard['total'])} files of a split. Give its directory.{near}")
+    if path.suffix in _SUFFIXES:
+        named = split_named_by(path.stem) or "train"
+        raise UserError(f"{path} is the split {named!r} by its name, not {split!r}. Set that split, or rename it.")
     if not path.is_dir():
         raise UserError(
-            f"{path} is not a whole split {split!r}: a *.parquet or *.jsonl file of that name.{near} `medst prepare` "
-            "reads tables (--source images) and LLaVA's conversations (--source llava)."
+            f"{path} is not a dataset, such as a .parquet or .jsonl file.{near} `medst prepare` reads tables "
+            "(--source images) and LLaVA's conversations (--source llava)."
         )
     others = [file.name for suffix in _IN_DIRECTORIES for file in _files(path, suffix)]
-    found = ", ".join(splits_in(path) or others) or "no splits. `medst prepare`, `generate` and `judge` write them"
+    found = ", ".join([name for name in _SPLITS if _find(path, name)] or others)
+    found = found or "no splits. `medst prepare`, `generate` and `judge` write them"
     raise UserError(f"{path} has no split {split!r} ({split}*.parquet or {split}*.jsonl); it has {found}.{near}")
 
 
 def _find(path: Path, split: str) -> list[Path]:
     """The files of a split; none if there is no such split."""
     if path.is_file():
-        match = _SHARD.fullmatch(path.name)
-        is_whole = match is None or (int(match["total"]) == 1 and match["split"] == split)
-        return [path] if is_whole and path.suffix in _SUFFIXES and _can_be(path.stem, split) else []
+        shard = _SHARD.fullmatch(path.name)
+        is_whole = path.suffix in _SUFFIXES and (shard is None or int(shard["total"]) == 1)
+        return [path] if is_whole and _may_be(path.stem, split) else []
     if not path.is_dir():  # a pipe, a device
         return []
-    if shards := [match for match in _shards(path) if match["split"] == split]:
-        total = int(shards[0]["total"])
-        if any(int(match["total"]) != len(shards) for match in shards):
-            raise UserError(
-                f"{path} has {len(shards)} of {total} files of split {split!r}. Run the stage that writes it again: "
-                "it resumes where it stopped."
-            )
-        return [path / match.string for match in shards]
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return [path] if _can_be(path.name, split) else []
+        return [path] if _may_be(path.name, split) else []
     if (path / "dataset_dict.json").is_file():
-        found = [item for item in path.iterdir() if item.name == split or split_named_by(item.name) == split]
-        return sorted(item for item in found if (item / "state.json").is_file())[:1]
-    for suffix in _IN_DIRECTORIES:
-        if named := [file for file in _files(path, suffix) if _begins_with(file, split)]:
-            return named
-    return _find(path / "data", split) if (path / "data").is_dir() else []
+        directories = sorted(file.parent for file in path.glob("*/state.json"))
+        return [directory for directory in directories if _is_named(directory.name, split)][:1]
+    shards = [match for match in _shards(path) if match["split"] == split]
+    found = [[path / match.string for match in shards]]
+    found += [[file for file in _files(path, suffix) if _is_named(file.stem, split)] for suffix in _IN_DIRECTORIES]
+    if len(found := [files for files in found if files]) > 1:
+        names = " and ".join(files[0].name for files in found)
+        raise UserError(f"{path} has split {split!r} in several forms: {names}. Keep one of them, or give its file.")
+    if any(int(match["total"]) != len(shards) for match in shards):
+        raise UserError(
+            f"{path} has {len(shards)} of {int(shards[0]['total'])} files of split {split!r}. Run the stage that "
+            "writes it again: it resumes where it stopped."
+        )
+    return found[0] if found else _find(path / "data", split)
 
 
 def _files(directory: Path, suffix: str) -> list[Path]:
@@ -276,52 +281,41 @@ def _files(directory: Path, suffix: str) -> list[Path]:
     return [file for file in files if file.is_file() and not _SHARD.fullmatch(file.name)]
 
 
-def _begins_with(file: Path, split: str) -> bool:
-    return file.name.startswith(split) or split_named_by(file.stem) == split
-
-
 def split_named_by(name: str) -> str | None:
     """Return the split that the name of a file begins with, or None."""
     return SPLIT_NAMES.get(re.match("[a-z]*", name.lower())[0])
 
 
-def _can_be(name: str, split: str) -> bool:
+def _is_named(name: str, split: str) -> bool:
+    return split in (name, split_named_by(name) or re.match("[a-z]*", name.lower())[0])
+
+
+def _may_be(name: str, split: str) -> bool:
     """Whether a file or a directory of `save_to_disk` is this split: any but validation, unless its name says so."""
     return split == (split_named_by(name) or ("" if split == "validation" else split))
 
 
 def splits_in(directory: str | PathLike) -> list[str]:
-    """Return the names of the splits in a directory of Parquet files, training first."""
+    """Return the names of the splits in a directory of Parquet files, in the order train, validation, test."""
     names = {match["split"] for match in _shards(Path(directory))}
-    files = _files(Path(directory), ".parquet")
-    names |= {split for split in SPLIT_NAMES.values() if any(_begins_with(file, split) for file in files)}
-    return sorted(names, key=lambda split: (split != "train", split))
+    names |= {split_named_by(file.stem) for file in _files(Path(directory), ".parquet")} - {None}
+    return sorted(names, key=lambda name: (_SPLITS.index(name) if name in _SPLITS else len(_SPLITS), name))
 
 
-def columns_of(path: Path, split: str, kind: str | None = None) -> list[str]:
-    """Return the names of the columns of a split on this machine, from the head of one file."""
-    from datasets import DatasetInfo
-    from pyarrow.parquet import read_schema
-
-    file = split_files(path, split, kind)[0]
-    if file.is_dir():
-        return list(DatasetInfo.from_directory(str(file)).features)
-    if file.suffix == ".parquet":
-        return read_schema(file).names
-    return list(next((record for _, record in read_json_records(file, "images") if isinstance(record, dict)), ()))
-
-
-def count_rows(path: Path, split: str) -> int:
-    """Return the number of rows of a split on this machine, without reading them (apart from those of JSON)."""
+def columns_and_rows(path: Path, split: str, kind: str | None = None) -> tuple[list[str], int]:
+    """Return the names of the columns of a split on this machine, and its number of rows. Only JSON is read for it."""
     from datasets import load_from_disk
     from pyarrow.parquet import read_metadata
 
-    files = split_files(path, split)
+    files = split_files(path, split, kind)
     if files[0].is_dir():
-        return len(load_from_disk(files[0]))
+        dataset = load_from_disk(files[0])
+        return dataset.column_names, len(dataset)
     if files[0].suffix == ".parquet":
-        return sum(read_metadata(file).num_rows for file in files)
-    return sum(isinstance(record, dict) for file in files for _, record in read_json_records(file, "images"))
+        found = [read_metadata(file) for file in files]
+        return found[0].schema.to_arrow_schema().names, sum(metadata.num_rows for metadata in found)
+    found = [row for file in files for _, row in read_json_records(file, "image") if isinstance(row, dict)]
+    return list(found[0] if found else ()), len(found)
 
 
 def _datasets_near(path: Path, split: str, kind: str | None) -> str:
@@ -329,7 +323,8 @@ def _datasets_near(path: Path, split: str, kind: str | None) -> str:
 
     def holds_split(directory: Path) -> bool:
         with suppress(UserError):
-            return bool(_find(directory, split)) and not (kind and missing_columns(columns_of(directory, split), kind))
+            found = _find(directory, split)
+            return bool(found) and not (kind and missing_columns(columns_and_rows(directory, split)[0], kind))
         return False
 
     return did_you_mean(path, holds_split)

@@ -14,14 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, explain_full_disk
 from medst_trl.base.processes import ordered_map
 from medst_trl.base.registry import Registry
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Features
 
 PREDICTION_COLUMNS = (
     "id", "image_id", "group_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
@@ -189,11 +188,15 @@ def text_of(content: str | list[dict]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def features_of(kind: str, grouped: bool = True) -> "Features":
-    """Return the columns of a kind of dataset, see `KINDS`; with `grouped=False` those of rows without `group_id`."""
+def features_of(kind: str, grouped: bool = True, extras: Collection[str] = ()) -> "Features":
+    """
+    Return the columns of a kind of dataset, see `KINDS`; with `grouped=False` those of rows without `group_id`, and
+    with the optional columns of numbers whose names are among `extras`.
+    """
     from datasets import Features
 
-    columns = KINDS.get(kind).columns.items()
+    own = KINDS.get(kind)
+    columns = {**own.columns, **{name: "float64" for name in own.extras if name in extras}}.items()
     return Features({name: feature_of(column) for name, column in columns if grouped or name != "group_id"})
 
 
@@ -215,45 +218,9 @@ candidate_features = partial(features_of, "candidates")
 preference_features = partial(features_of, "preferences", grouped=False)
 
 
-def check_columns(dataset: "Dataset", kind: str) -> None:
-    """
-    Refuse a dataset that lacks required columns of its kind. Further columns are allowed.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            As returned by [`load_records`].
-        kind (`str`):
-            A name in `KINDS`.
-
-    Raises:
-        UserError: naming the columns that are missing or have another type.
-    """
-    own, expected = KINDS.get(kind), features_of(kind)
-    if missing := [name for name in expected if name not in dataset.features and name not in own.optional]:
-        raise UserError(
-            f"The dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {kind} data; it "
-            f"has {', '.join(dataset.features)}. `medst {own.maker}` makes such datasets."
-        )
-    for name, feature in expected.items():
-        if name in dataset.features and _shape(dataset.features[name]) != _shape(feature):
-            raise UserError(
-                f"The column {name} of {kind} data has another type than expected.\n  is:        "
-                f"{dataset.features[name]}\n  should be: {feature}\n`medst {own.maker}` makes such datasets."
-            )
-
-
 def kind_of(columns: Collection[str]) -> Kind | None:
     """Return the kind of the dataset that has these columns, or None. Unlabeled images count as `"instruct"`."""
     return next((kind for kind in reversed(KINDS.values()) if kind.marker in columns), None)
-
-
-def _shape(feature) -> object:
-    """Return a feature as nested names and types. `large_string` counts as `string`."""
-    if isinstance(feature, Mapping):
-        return {name: _shape(inner) for name, inner in feature.items()}
-    if hasattr(feature, "feature"):
-        return [_shape(feature.feature)]
-    return getattr(feature, "dtype", "").removeprefix("large_")
 
 
 def with_stored_images(dataset: Any) -> Any:

@@ -21,11 +21,13 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
 from medst_trl.data.cells import BadRecord, published_id
+from medst_trl.data.conform import conform
+from medst_trl.data.identify import with_image_ids
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import check_columns, features_of, text_of, with_stored_images, write_split
+from medst_trl.data.schema import bytes_of, features_of, text_of, with_stored_images, write_split
 from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
@@ -74,7 +76,7 @@ def read_preference_file(
     Read a JSON array or JSON lines of either format, which each record's keys show.
 
     MMedPO's `weighted_score` is a weight of the pair, not the score of an answer: it goes into `judge`. A record
-    without `id` is named after its position.
+    without `id` is named after its position, and one that repeats an id gets another (`<id>-2`), unless it is a copy.
 
     Rejected, by reason: the reasons of [`read_llava`], `not_a_preference_pair`, `different_prompts`,
     `chosen_equals_rejected`, `bad_score`, and the reasons of [`ImageProblem`].
@@ -108,10 +110,10 @@ def read_preference_file(
     def identify(image: str) -> str | ImageProblem:
         try:
             found = images.load(image)
-            near_hashes[found.image_id] = found.near_hash
-            return found.image_id
         except ImageProblem as problem:  # returned, because the cache keeps no exceptions
             return problem
+        near_hashes[found.image_id] = found.near_hash
+        return found.image_id
 
     def pair(name: str, record: dict) -> _Pair:
         row = _read_pair(record)
@@ -190,7 +192,7 @@ def write_preference_file(
             `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is that of the file read, 1.0 without one.
     """
     check_choice("format", format, FORMATS)
-    check_columns(dataset, "preferences")
+    dataset = with_image_ids(conform(dataset, "preferences"))
     path, image_folder = Path(path), Path(image_folder)
     image_folder.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,11 +212,11 @@ def _record(row: dict, image_folder: Path, format: str) -> dict:
 
 
 def _write_image(image: dict, image_id: str, folder: Path) -> str:
-    is_jpeg = image["bytes"].startswith(b"\xff\xd8")
-    path = folder / f"{image_id}.{'jpg' if is_jpeg else 'png'}"
+    content = bytes_of(image)
+    path = folder / (image_id + (".jpg" if content.startswith(b"\xff\xd8") else ".png"))
     if not path.exists():
         with atomic_path(path) as temporary:
-            temporary.write_bytes(image["bytes"])
+            temporary.write_bytes(content)
     return path.name
 
 

@@ -17,7 +17,8 @@ from medst_trl.base.files import read_jsonl, read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
 from medst_trl.data.groups import NEAR_COPY_BITS
-from medst_trl.data.loading import load_records
+from medst_trl.data.identify import image_ids_of
+from medst_trl.data.loading import fingerprint_dataset, load_records
 from medst_trl.data.overlap import Inventory
 from medst_trl.evaluation.contamination import FIGURES, count_shared
 
@@ -59,7 +60,7 @@ def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
         place = cached_repository(source["hub_id"], "dataset") / "snapshots" / str(source.get("revision"))
         return place if place.exists() else None
     places = possible_places(source["path"], near)
-    return next((place for place in places if same_source(source, fingerprint(place))), None)
+    return next((place for place in places if same_source(source, fingerprint_dataset(place))), None)
 
 
 def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str, Any]]:
@@ -183,8 +184,6 @@ def write_training_images(directory: str | Path, image_ids: Iterable[str], model
 
 def image_ids_in(dataset: "Dataset") -> set[str]:
     """Return the ids of all images of a dataset of conversations or pairs, decoded if it has no ids."""
-    from medst_trl.data.identify import image_ids_of  # loads NumPy and Pillow
-
     return {image for images in image_ids_of(dataset) for image in images if image}
 
 

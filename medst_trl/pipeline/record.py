@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_v
 from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.settings import settings_among
+from medst_trl.data.loading import fingerprint_dataset
 from medst_trl.selftrain.judge.settings import LocalJudge
 
 from .stage import STAGES, Stage
@@ -235,7 +237,7 @@ class StageRecord:
             "seconds": 0.0,
             "versions": package_versions(),
             "inputs": {
-                name: [item if isinstance(item, dict) else fingerprint(item) for item in items if item is not None]
+                name: [one if isinstance(one, dict) else fingerprint_dataset(one) for one in items if one is not None]
                 for name, items in sources.items()
             },
             "settings": hide_secrets(_plain(settings)),
@@ -280,8 +282,7 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
     """Whether a record has the form of [`StageRecord`], and each of its inputs is a list of fingerprints."""
     if problem_of(record) is not None:
         return False
-    inputs = record.get("inputs", {}).values()
-    sources = [source for item in inputs for source in (item if isinstance(item, list) else [None])]
+    sources = chain(*(item if isinstance(item, list) else [None] for item in record.get("inputs", {}).values()))
     return all(isinstance(source, dict) and isinstance(source.get("path", ""), str) for source in sources)
 
 

@@ -13,8 +13,9 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.cells import printable
-from medst_trl.data.conform import conform
-from medst_trl.data.schema import check_columns, message, text_part, with_stored_images
+from medst_trl.data.conform import check_missing, conform
+from medst_trl.data.identify import with_image_ids
+from medst_trl.data.schema import message, text_part, with_stored_images
 from medst_trl.engines.engine import (
     Engine,
     OpenedImage,
@@ -181,8 +182,6 @@ class CandidateGenerator:
         Raises:
             UserError: for other columns, or repeated ids.
         """
-        from medst_trl.data.identify import with_image_ids  # loads NumPy and Pillow
-
         self.rejected = []
         dataset = with_image_ids(conform(dataset, "images"))
         make_row = self.row_maker(dataset)
@@ -207,7 +206,7 @@ class CandidateGenerator:
         """
         from tqdm.auto import tqdm
 
-        check_columns(dataset, "instruct")
+        check_missing(dataset.features, "images", required=("id", "images", "image_ids"))
         ids = dataset["id"][:]
         record_id, times = next(iter(Counter(ids).most_common(1)), (None, 0))
         if times > 1:

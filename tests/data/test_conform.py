@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.conform import conform, missing_columns
+from medst_trl.data.groups import GroupIds
 from medst_trl.data.identify import with_image_ids
 from medst_trl.data.images import image_id, store_image
 from medst_trl.data.schema import KINDS, dialogue, features_of, image_part, text_part
@@ -20,7 +21,7 @@ def image(shade: int) -> dict:
     return {"bytes": store_image(PILImage.new("L", (5, 4), shade)).bytes, "path": None}
 
 
-TEXTS = st.text("abc <é?", min_size=1, max_size=8)
+TEXTS = st.text("abc <é?", min_size=1, max_size=8).filter(str.strip)  # blank ones are rejected
 TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3)
 
 
@@ -215,3 +216,81 @@ def test_rows_without_messages_are_rejected_as_those_that_cannot_be_read():
     dataset = Dataset.from_dict({"image": [image(1)] * 2, "messages": [dialogue([("q", "a")]), None]})
     found = conform(dataset.cast_column("image", Image()), "instruct")
     assert [turn["role"] for turn in found[1]["messages"]] == ["user"]
+
+
+def pairs(**columns) -> dict:
+    return {"image": image(1), "prompt": "q", "chosen": "a", "rejected": "b"} | columns
+
+
+def conformed(rows: list[dict], kind: str) -> Dataset:
+    return conform(Dataset.from_list(rows).cast_column("image", Image()), kind)
+
+
+def test_raw_groups_are_hashed_with_the_salt_of_the_user(tmp_path, monkeypatch):
+    """They may be numbers of patients, and are published."""
+    monkeypatch.setenv("MEDST_GROUP_SALT", str(tmp_path / "salt"))
+    hashed = GroupIds().of_key("MRN0042")
+    found = conformed([pairs(group_id=group) for group in ("MRN0042", " MRN0042", hashed, None)], "preferences")
+    assert found["group_id"][:] == [hashed, hashed, hashed, None]
+    whole = conformed([pairs(group_id=12.0), pairs(group_id=13.5)], "preferences")
+    assert whole["group_id"][:] == [GroupIds().of_key("12"), GroupIds().of_key("13.5")]
+    again = conform(found.remove_columns("group_id").add_column("group_id", ["ward3-17"] * 4), "preferences")
+    assert {*again["group_id"]} == {GroupIds().of_key("ward3-17")}, "also if all columns have our types"
+
+
+@pytest.mark.parametrize("given", [["Mueller_0.png"], ["1"], ["AB" * 32], ["ab" * 31]])
+def test_image_ids_that_are_no_hashes_of_pixels_are_computed(given):
+    found = conformed([pairs(image_ids=given), pairs(image_ids=["ab" * 32])], "preferences")
+    assert found["image_ids"][:] == [None, ["ab" * 32]]
+    again = conform(found.remove_columns("image_ids").add_column("image_ids", [given, given]), "preferences")
+    assert with_image_ids(again)["image_ids"][:] == [[image_id(PILImage.new("L", (5, 4), 1))]] * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["", "  ", "nan", "NaN", "null", "#N/A"]), st.sampled_from(["question", "answer"]), st.booleans()
+)
+def test_empty_texts_are_not_trained_on(text, place, typed):
+    def talk(question: str, answer: str) -> list[dict]:
+        turns = [("user", question), ("assistant", answer)]
+        return [{"role": role, "content": [text_part(value)] if typed else value} for role, value in turns]
+
+    bad = talk(text, "a") if place == "question" else talk("q", text)
+    found = conformed([{"image": image(1), "messages": messages} for messages in (talk("q", "a"), bad)], "instruct")
+    assert [len(messages) for messages in found["messages"]] == [2, 1]
+    bad = pairs(prompt=text) if place == "question" else pairs(chosen=text)
+    found = conformed([pairs(), bad], "preferences")
+    assert [len(answer) for answer in found["chosen"]] == [1, 0]
+
+
+def test_roles_of_llava_are_read_and_others_cost_their_row(capsys):
+    def talk(user: str, assistant: str) -> dict:
+        return {"image": image(1), "messages": [{"role": user, "content": "q"}, {"role": assistant, "content": "a"}]}
+
+    rows = [talk("Human", "GPT"), talk("user", "narrator"), talk("assistant", "assistant")]
+    found = conformed(rows, "instruct")
+    assert [turn["role"] for turn in found[0]["messages"]] == ["user", "assistant"]
+    assert [len(messages) for messages in found["messages"]] == [2, 1, 1]
+    assert "2 of 3 rows cannot be used. The first: row 1: messages need a role" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_weights_are_finite_numbers_of_at_least_0_and_missing_ones_are_1(weight):
+    found = conformed([pairs(weight=0.5), pairs(weight=None), pairs(weight=weight)], "preferences")
+    assert found["weight"][:2] == [0.5, 1.0] and [len(answer) for answer in found["chosen"]] == [1, 1, 0]
+    exact = found.remove_columns("weight").add_column("weight", [weight, 2.0, 3.0]).select([0, 1])
+    assert conform(exact, "preferences")["weight"][:] == [1.0, 2.0]
+
+
+def test_a_question_that_cannot_be_used_does_not_cost_the_others_of_its_image(capsys):
+    asked = [[{"question": "Normal?", "answer": "no"}, {"question": "Where?", "answer": None}], None]
+    found = conform(Dataset.from_dict({"image": [image(1), image(2)], "questions": asked}), "benchmark")
+    assert [[question["question"] for question in row] for row in found["questions"]] == [["Normal?"], []]
+    assert "1 of 2 rows cannot be used. The first: row 0: no_answer" in capsys.readouterr().out
+
+
+def test_candidates_without_two_answers_have_none(capsys):
+    rows = [pairs(answers=answers) for answers in (["a", "b"], ["a"], None)]
+    found = conformed(rows, "candidates")
+    assert found["answers"][:] == [["a", "b"], [], []]
+    assert "2 of 3 rows cannot be used. The first: row 1: it has fewer than two answers" in capsys.readouterr().out

@@ -11,8 +11,9 @@ from datasets import Dataset, DatasetDict, Image, List
 from PIL import Image as PILImage
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.data.images import image_id
-from medst_trl.data.loading import columns_of, count_rows, load_records, mix, split_files, splits_in
+from medst_trl.data.loading import columns_and_rows, fingerprint_dataset, load_records, mix, split_files, splits_in
 from medst_trl.data.schema import dialogue, features_of, image_part, text_part, with_stored_images
 
 
@@ -78,8 +79,8 @@ def test_each_form_of_a_dataset_has_the_same_rows(tmp_path, scan, form, kind):
     SCAN.save(directory / "scan.png")
     FORMS[form](made(kind, scan), directory)
     dataset = load_records(directory, "train", kind)
-    assert len(dataset) == count_rows(directory, "train") == 4
-    assert {"images", *ROWS[kind]} <= set(columns_of(directory, "train"))
+    columns, rows = columns_and_rows(directory, "train")
+    assert len(dataset) == rows == 4 and {"images", *ROWS[kind]} <= {*columns}
     for name, feature in features_of(kind).items():
         assert dataset.features[name] == feature
     assert dataset["id"][:] == ["scan-1", "scan-1-2", "scan-1-3", "scan-1-4"]
@@ -102,7 +103,7 @@ def test_one_file_can_be_given_for_any_split_but_validation(tmp_path, scan):
         assert len(load_records(path, split, "preferences")) == 4
     for name, wrong in (("pairs", "validation"), ("train", "validation"), ("test_set", "train"), ("dev", "train")):
         made("preferences", scan).to_parquet(tmp_path / f"{name}.parquet")
-        with pytest.raises(UserError, match=f"{name}.parquet is not a whole split '{wrong}'"):
+        with pytest.raises(UserError, match=rf"{name}.parquet is the split '\w+' by its name, not '{wrong}'"):
             load_records(tmp_path / f"{name}.parquet", wrong, "preferences")
 
 
@@ -172,16 +173,16 @@ def test_images_of_json_lines_must_be_inside_its_directory(tmp_path, capsys):
     (directory / "link.png").symlink_to(tmp_path / "secret.png")
     talk = {"messages": [{"role": "user", "content": "Normal?"}, {"role": "assistant", "content": "Yes."}]}
     outside = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
-    good = [talk | {"image": name} for name in ("a.png", str(directory / "a.png"), "missing.png")]
-    bad = [talk | {"image": name} for name in (*outside, "pipe.png", "\0", 7)]
+    good = [talk | {"image": name} for name in ("a.png", str(directory / "a.png"))]
+    bad = [talk | {"image": name} for name in (*outside, "pipe.png", "\0", 7, "missing.png")]
     path = write_lines(directory / "train.jsonl", [*bad, *good])
     with open(path, "a") as file:
         file.write('{"image": "a.png", "messages": [{"role": \n')
     dataset = load_records(directory, "train", "instruct", identify=False)
     paths = [Path(row["images"][0]["path"]).name for row in with_stored_images(dataset)]
-    assert paths == ["a.png", "a.png", "missing.png"]
+    assert paths == ["a.png", "a.png"] and dataset["id"][:] == ["7", "8"]
     said = capsys.readouterr().out
-    assert f"{path}: 7 of 10 rows cannot be used" in said and "record 0: outside_image_folder" in said
+    assert f"{path}: 8 of 10 rows cannot be used" in said and "record 0: outside_image_folder" in said
     with pytest.raises(UserError, match="none of its 3 rows can be used.*outside_image_folder"):
         load_records(write_lines(directory / "bad.jsonl", bad[:3]), "train", "instruct")
 
@@ -197,7 +198,54 @@ def test_a_benchmark_of_json_lines_keeps_numbers_and_truth_values_and_drops_what
     }  # fmt: skip
     assert not {"4", "5", "6"} & found.keys()
     assert set(dataset["image_id"]) == {image_id(SCAN)}
-    assert "rows cannot be used. The first: row 4: no_answer" in capsys.readouterr().out
+    assert "rows cannot be used. The first: test.jsonl, record 4: no_answer" in capsys.readouterr().out
+
+
+def test_rows_of_another_split_are_left_out(tmp_path, capsys):
+    SCAN.save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "question": "What?", "answer": str(n), "id": f"q{n}", "split": split}
+        for n, split in enumerate(["train", "Test", None, "val"])
+    ]
+    path = write_lines(tmp_path / "own.jsonl", rows)
+    made(  # the same in Parquet
+        "instruct", str(tmp_path / "a.png")
+    ).add_column("split", [row["split"] for row in rows]).to_parquet(tmp_path / "own.parquet")
+    found = load_records(path, "test", "benchmark")
+    assert [question["id"] for row in found["questions"] for question in row] == ["q1", "q2"]
+    assert len(load_records(tmp_path / "own.parquet", "train", "instruct")) == 2
+    assert "2 of 4 rows are of the split 'test', as the column `split` says" in capsys.readouterr().out
+    with pytest.raises(UserError, match="own.jsonl: 0 of 1 rows are of the split 'test'"):
+        load_records(write_lines(tmp_path / "own.jsonl", rows[:1]), "test", "benchmark")
+
+
+def test_images_behind_json_lines_are_part_of_the_fingerprint(tmp_path):
+    SCAN.save(tmp_path / "a.png")
+    path = write_lines(tmp_path / "own.jsonl", [{"image": "a.png", "question": "What?", "answer": "yes"}])
+    before = fingerprint_dataset(path)
+    assert same_source(before, fingerprint_dataset(path)) and same_source(fingerprint(path), before)
+    PILImage.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    assert not same_source(before, fingerprint_dataset(path)) and before["sha256"] == fingerprint(path)["sha256"]
+    (tmp_path / "a.png").unlink()
+    assert not same_source(before, fingerprint_dataset(path))
+    path = write_lines(tmp_path / "predictions.jsonl", [{"id": "1", "prediction": "yes"}])
+    assert fingerprint_dataset(path) == fingerprint(path)
+
+
+def test_a_split_in_several_forms_is_refused(tmp_path, scan):
+    for name in ("train-00000-of-00001", "train_extra"):
+        made("instruct", scan).to_parquet(tmp_path / "own" / f"{name}.parquet")
+    with pytest.raises(UserError, match="split 'train' in several forms: train-00000-of-00001.parquet and train_ext"):
+        load_records(tmp_path / "own", "train", "instruct")
+
+
+def test_only_what_looks_like_a_hub_id_is_asked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    (tmp_path / "own").mkdir()
+    for name in ("own/nope", "own.jsonl", "theirs/own.parquet"):
+        with pytest.raises(UserError, match=f"{name} is neither a directory nor a dataset on the Hub"):
+            load_records(name, "train", "instruct")
 
 
 def test_missing_columns_are_named_with_the_file(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from medst_trl.data.conform import conform
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import check_columns
 
 
 def test_pairs_survive_a_round_trip(tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_pairs_survive_a_round_trip(tmp_path, capsys):
 
     counts = example["main"](str(tmp_path / "pairs.json"), str(tmp_path), str(tmp_path / "preferences"))
     train, validation = (load_records(tmp_path / "preferences", split) for split in ("train", "validation"))
-    check_columns(train, "preferences")
+    assert conform(train, "preferences") is train
     assert len(train) + len(validation) == 40 and counts["rejected"] == {"missing": 1}
     assert "longer_rejected" in capsys.readouterr().out
 

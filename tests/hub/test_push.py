@@ -87,10 +87,10 @@ PULL = """
 import json, sys
 from datasets import Image, List
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import check_columns
+from medst_trl.data.conform import conform
 name, split, kind = sys.argv[1:]
 dataset = load_records(name, split)
-check_columns(dataset, kind)
+assert conform(dataset, kind) is dataset
 rows = []
 for row in dataset.remove_columns("group_id").cast_column("images", List(Image(decode=False))):
     row["images"] = [{"bytes": image["bytes"].hex(), "path": None} for image in row["images"]]

@@ -9,9 +9,9 @@ from PIL import Image
 from random_images import random_image
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.conform import conform
 from medst_trl.data.images import FolderImages, image_id
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import check_columns
 from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
 
@@ -66,7 +66,7 @@ def test_a_round_trip_changes_nothing(tmp_path, images, format):
 
     write_preferences(tmp_path / "dataset", select_preferences(file.pairs), file)
     dataset = load_records(tmp_path / "dataset", "train")
-    check_columns(dataset, "preferences")
+    assert conform(dataset, "preferences") is dataset
     assert [image_id(image) for image in dataset[2]["images"]] == dataset[2]["image_ids"]
 
     write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images_back", format)

@@ -226,10 +226,10 @@ def evaluated(tmp_path) -> Path:
     the same patient (2) and an image of its own (3).
     """
     questions = ["Is it normal?", "Where?"]
-    tested = [row(picture(seed), questions=questions, group=f"aaaaaa-{seed}") for seed in range(4)]
+    tested = [row(picture(seed), questions=questions, group=f"aaaaaa-{seed:020}") for seed in range(4)]
     write_rows(write_stage(tmp_path / "prepare", "prepare") / "benchmark", tested, "test")
-    write_rows(tmp_path / "a", [row(picture(0), asks="is it  NORMAL?"), row(picture(9), group="aaaaaa-2")])
-    write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group="bbbbbb-1")])
+    write_rows(tmp_path / "a", [row(picture(0), asks="is it  NORMAL?"), row(picture(9), group=f"aaaaaa-{2:020}")])
+    write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group=f"bbbbbb-{1:020}")])
     write_base(tmp_path / "base")
     datasets = [tmp_path / "a", tmp_path / "b"]
     write_stage(tmp_path / "sft", "sft", model_name_or_path=tmp_path / "base", dataset=datasets)

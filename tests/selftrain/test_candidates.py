@@ -20,8 +20,9 @@ from tiny_run import small_policy
 from medst_trl import CandidateGenerator
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import ordered_map
+from medst_trl.data.conform import conform
 from medst_trl.data.images import image_id
-from medst_trl.data.schema import candidate_features, check_columns, instruct_features, text_of, with_stored_images
+from medst_trl.data.schema import candidate_features, instruct_features, text_of, with_stored_images
 from medst_trl.engines import decoding, image_features
 from medst_trl.engines.decoding import SeededSampler, chat_inputs
 from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer, to_ask
@@ -111,7 +112,7 @@ def test_finished_records_are_skipped(policy, images, expected):
 
 
 def test_candidates_have_the_group_of_their_record(policy, images):
-    groups = [f"5a17ed-{number // 2}" for number in range(len(images))]
+    groups = [f"5a17ed-{number // 2:020}" for number in range(len(images))]
     generate = CandidateGenerator(*policy, 1, 2, question_filter=ANY_TEXT, seed=5, **SHORT)
     of_record = dict(zip(images["id"], groups))
     rows = list(generate(images.add_column("group_id", groups)))
@@ -125,7 +126,7 @@ def test_candidates_have_the_documented_columns(policy, images, expected):
     assert [row["id"] for row in rows] == [item["id"] for outcome in expected for item in outcome["candidates"]]
     assert generate.rejected == [item for outcome in expected for item in outcome["rejected"]]
     dataset = Dataset.from_list(rows, features=candidate_features())
-    check_columns(dataset, "candidates")
+    assert conform(dataset, "candidates") is dataset
     stored = {row["id"]: row for row in with_stored_images(images)}
     for row, raw in zip(rows, with_stored_images(dataset)):
         source = stored[row["id"].partition("#")[0]]

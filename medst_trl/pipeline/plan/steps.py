@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
-from medst_trl.data.loading import count_rows, mix
+from medst_trl.data.loading import columns_and_rows, mix
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
@@ -208,7 +208,7 @@ class RecipeCounts:
 
     def rows(self, directory: str, split: str) -> Count:
         with suppress(UserError, OSError):  # no files, not all of them, or no such directory
-            return Count(count_rows(Path(directory), split))
+            return Count(columns_and_rows(Path(directory), split)[1])
         step, output = maker_of(directory, self.steps)
         if output is not None and output.count is not None:
             count = output.count(step.settings, split, self)

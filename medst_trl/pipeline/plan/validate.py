@@ -11,7 +11,7 @@ from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import is_hub_id
 from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.data.conform import check_missing
-from medst_trl.data.loading import columns_of
+from medst_trl.data.loading import columns_and_rows
 from medst_trl.engines.engine import loads_model
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.recipe import Recipe, Step
@@ -130,7 +130,7 @@ def _check_on_disk(item: Input, path: Path, split: str) -> None:
     if not item.is_dataset or item.kind == ANY:
         return
     try:
-        check_missing(columns_of(path, split, item.kind), item.kind)
+        check_missing(columns_and_rows(path, split, item.kind)[0], item.kind)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

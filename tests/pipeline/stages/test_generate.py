@@ -12,8 +12,9 @@ from datasets import Dataset
 from jsonl import read_jsonl
 
 from medst_trl.base.errors import UserError
+from medst_trl.data.conform import conform
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import check_columns, instruct_features
+from medst_trl.data.schema import instruct_features
 from medst_trl.demo.phantoms import instruct_rows, make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.kinds.server import ServerSettings
@@ -92,7 +93,7 @@ def files(directory):
 
 def test_a_run_writes_its_files_and_counts(finished, inputs):
     candidates = load_records(finished / "candidates", "train")
-    check_columns(candidates, "candidates")
+    assert conform(candidates, "candidates") is candidates
     counts = json.loads((finished / "stage.json").read_text())["counts"]
     rejected = read_jsonl(finished / "rejected.jsonl")
     assert counts["records"] == RECORDS

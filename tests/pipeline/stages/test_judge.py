@@ -17,8 +17,9 @@ from letter_prompt import letter_prompt
 
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main as medst
+from medst_trl.data.conform import conform
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import benchmark_features, check_columns, features_of, image_part, message, text_part
+from medst_trl.data.schema import benchmark_features, features_of, image_part, message, text_part
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
 from medst_trl.engines.cost import CACHE_FILE
@@ -91,7 +92,7 @@ def test_outputs_are_complete(finished, candidates):
     pairs = 0
     for split in ("train", "validation"):
         data = load_records(finished / "preferences", split)
-        check_columns(data, "preferences")
+        assert conform(data, "preferences") is data
         assert len(data) == record["counts"]["preferences"][split]["pairs"]
         pairs += len(data)
         for row in data:
@@ -148,14 +149,14 @@ def test_pairs_with_images_of_a_benchmark_are_dropped(candidates, tmp_path):
 
 
 def test_pairs_of_patients_and_near_copies_of_a_benchmark_are_dropped(candidates, tmp_path, capsys):
-    groups = [f"5a17ed-{number // 2}" for number in range(12)]
+    groups = [f"5a17ed-{number // 2:020}" for number in range(12)]
     source = load_records(candidates, "train").remove_columns("group_id").add_column("group_id", groups)
     (tmp_path / "candidates").mkdir()
     source.to_parquet(tmp_path / "candidates" / "train-00000-of-00001.parquet")
     larger = source[11]["images"][0].resize((128, 128))
     rows = list(benchmark_rows(make_phantoms(2, seed=0, split="test")))
-    rows = [rows[0] | {"group_id": "5a17ed-0"}, rows[1] | {"group_id": None, "image": larger, "image_id": "larger"}]
-    for salt in ("5a17ed", "0ther0"):
+    rows = [rows[0] | {"group_id": groups[0]}, rows[1] | {"group_id": None, "image": larger, "image_id": "a" * 64}]
+    for salt in ("5a17ed", "07be70"):
         directory = tmp_path / salt
         directory.mkdir()
         held = [row | {"group_id": row["group_id"] and row["group_id"].replace("5a17ed", salt)} for row in rows]
@@ -167,7 +168,7 @@ def test_pairs_of_patients_and_near_copies_of_a_benchmark_are_dropped(candidates
         rejected = {row["id"]: row["reason"] for row in read_jsonl(directory / "out/rejected.jsonl")}
         same_group = dict.fromkeys(source["id"][:2], "group_in_benchmark") if salt == "5a17ed" else {}
         assert rejected == same_group | {source["id"][11]: "near_copy_in_benchmark"}
-        assert ("different salts" in capsys.readouterr().out) == (salt == "0ther0")
+        assert ("different salts" in capsys.readouterr().out) == (salt == "07be70")
         sides = [
             set(load_records(directory / "out/preferences", split)["group_id"]) for split in ("train", "validation")
         ]

@@ -119,15 +119,16 @@ def _image():
 def test_preferences_and_benchmarks_can_provide_examples(kind, tmp_path):
     prompt, chosen, *_ = ([message] for message in tiny_run.conversation(0)["messages"])
     pair = {
-        "id": "p", "images": [_image()], "image_ids": ["0"], "prompt": prompt, "chosen": chosen, "rejected": chosen,
+        "id": "p", "images": [_image()], "image_ids": ["a" * 64], "prompt": prompt, "chosen": chosen,
+        "rejected": chosen,
         "score_chosen": 2.0, "score_rejected": 1.0, "judge": "{}",
     }  # fmt: skip
     question = dict.fromkeys(("id", "answer_type", "question_type", "link"), "x")
-    row = {"image_id": "p", "image": _image(), "questions": [question | {"question": "Dark?", "answer": "Yes"}]}
+    row = {"image_id": "a" * 64, "image": _image(), "questions": [question | {"question": "Dark?", "answer": "Yes"}]}
     rows, features = ([pair], preference_features()) if kind == "preferences" else ([row], benchmark_features())
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     (example,) = read_examples(str(tmp_path), "test", 4)
-    assert example["id"] == "p" and len(example["images"]) == 1
+    assert example["id"] == ("p" if kind == "preferences" else "a" * 64) and len(example["images"]) == 1
     assert [message["role"] for message in example["messages"]] == ["user", "assistant"]
 
 

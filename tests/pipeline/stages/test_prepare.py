@@ -19,10 +19,11 @@ from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.conform import conform
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import image_id
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import check_columns, text_of
+from medst_trl.data.schema import text_of
 from medst_trl.data.source import SOURCES
 from medst_trl.pipeline.options import convert
 from medst_trl.pipeline.stage import Count
@@ -91,7 +92,7 @@ def test_conversations_with_bad_images_are_rejected(tmp_path, capsys):
     rejected = {(row["id"], row["reason"]) for row in read_jsonl(directory / "rejected.jsonl")}
     assert rejected == {("e", "empty"), ("m", "missing"), ("s", "outside_image_folder"), ("two", "duplicate_id")}
     train, validation = (load_records(directory / "instruct", split) for split in ("train", "validation"))
-    check_columns(train, "instruct")
+    assert conform(train, "instruct") is train
     assert len(train) + len(validation) == 8
     seen = [{image for row in dataset for image in row["image_ids"]} for dataset in (train, validation)]
     assert seen[0].isdisjoint(seen[1]) and sum(map(len, seen)) == 6
@@ -225,7 +226,7 @@ def test_each_image_of_a_directory_is_used_once(tmp_path):
     (tmp_path / "images" / "notes.txt").write_text("no image")
     directory = prepare(tmp_path, source="images", data_path=str(tmp_path / "images"))
     dataset = load_records(directory / "images", "train")
-    check_columns(dataset, "instruct")
+    assert conform(dataset, "instruct") is dataset
     assert len(dataset) == 2 and dataset["messages"][:] == [[], []]
     reasons = {row["id"]: row["reason"] for row in read_jsonl(directory / "rejected.jsonl")}
     assert reasons == {"a/c.bmp": "duplicate_image", "notes.txt": "not_an_image"}
@@ -307,7 +308,7 @@ def test_phantoms_become_three_datasets(tmp_path):
     assert all(len(row["messages"]) == 4 for row in train)
     assert all(row["id"].startswith("phantom-") for row in train)
     benchmark = load_records(directory / "benchmark", "test")
-    check_columns(benchmark, "benchmark")
+    assert conform(benchmark, "benchmark") is benchmark
     assert len(benchmark) == 20 and len(load_records(directory / "images", "train")) == 10
     assert image_id(benchmark[0]["image"]) == benchmark[0]["image_id"]
 
