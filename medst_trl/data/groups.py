@@ -13,9 +13,9 @@ import os
 import re
 import secrets
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -97,12 +97,10 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with suppress(FileExistsError):  # another process of the same launch has written it
                 with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                     file.write(secrets.token_bytes(_SALT_BYTES))
                 print(f"Group ids are hashed with the new salt {path}. Keep it private and use it for all datasets.")
-            except FileExistsError:  # another process of the same launch is writing it
-                time.sleep(1)
         salt = path.read_bytes()
     except OSError as error:
         raise UserError(f"group_salt {path}: {error.strerror}. Set --group_salt to a file of your own.") from None

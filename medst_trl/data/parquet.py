@@ -33,10 +33,9 @@ def is_parquet(path: Path) -> bool:
     """Whether the data is a Parquet file, a directory of nothing else (apart from a card), or on the Hub."""
     if not path.is_dir():
         return path.suffix == ".parquet" or not path.exists()
-    if next(path.rglob("*.parquet"), None) is None:
-        return False
-    names = map(PurePath, visible_files(path))
-    return all(name.suffix in (".parquet", ".md") or name.stem.startswith("dataset_info") for name in names)
+    names = [PurePath(name) for name in visible_files(path) if PurePath(name).suffix not in (".md", ".txt")]
+    names = [name for name in names if not name.stem.startswith("dataset_info")]
+    return bool(names) and all(name.suffix == ".parquet" for name in names)
 
 
 def holds_images(path: Path) -> bool:
@@ -48,8 +47,7 @@ def holds_images(path: Path) -> bool:
         return False
     with readable_errors(path):
         schema = read_schema(path if path.is_file() else next(path.rglob("*.parquet")))
-    kinds = dict(zip(column_names(schema.names, "image"), schema.types))
-    kind = kinds.get("image")
+    kind = dict(zip(column_names(schema.names, "image"), schema.types)).get("image")
     return kind is not None and not is_string(kind.value_type if is_list(kind) else kind)
 
 

@@ -124,10 +124,8 @@ def read_preference_file(
         return _Pair(name, row)
 
     records.collect(read_json_records(path, key="image"), pair, prefix="record-")
-    pairs = [
-        pair.row | {"id": published_id(pair.id, pair.row["images"]), "row": number}
-        for number, pair in enumerate(records.conversations)
-    ]
+    rows = [pair.row | {"id": published_id(pair.id, pair.row["images"])} for pair in records.conversations]
+    pairs = [row | {"row": number} for number, row in enumerate(rows)]
     return PreferenceFile(pairs, records.rejected, images, near_hashes)
 
 
