@@ -291,8 +291,7 @@ def typed_messages(record: Mapping[str, Any], names: Sequence[str], images: int)
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     if empty := [name for name, messages in row.items() if not messages]:
         raise ValueError(f"{' and '.join(empty)} has no message")
-    parts = [part for messages in row.values() for message in messages for part in message["content"]]
-    image_parts = sum(part["type"] == "image" for part in parts)
+    image_parts = sum(part["type"] == "image" for turns in row.values() for turn in turns for part in turn["content"])
     if image_parts not in (0, images):
         raise ValueError(f"{image_parts} image parts for {images} images")
     if images and not image_parts:

@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -282,8 +281,8 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
     """Whether a record has the form of [`StageRecord`], and each of its inputs is a list of fingerprints."""
     if problem_of(record) is not None:
         return False
-    sources = chain(*(item if isinstance(item, list) else [None] for item in record.get("inputs", {}).values()))
-    return all(isinstance(source, dict) and isinstance(source.get("path", ""), str) for source in sources)
+    inputs = [item if isinstance(item, list) else [None] for item in record.get("inputs", {}).values()]
+    return all(isinstance(one, dict) and isinstance(one.get("path", ""), str) for item in inputs for one in item)
 
 
 def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
