@@ -213,14 +213,13 @@ class StageRecord:
         """Delete the record of a run without results, so that a corrected command is not refused."""
         is_alone = world_size() == 1  # another process may be about to fill an empty file
         record = self.output_dir / RECORD_FILE
-        # A cache that is newer than the record has replies that this run has paid for.
-        left = [
-            path
-            for path in self.output_dir.iterdir()
-            if not _is_ignorable(path)
-            or (path.is_file() and path.name in NOT_RESULTS and path.stat().st_mtime > record.stat().st_mtime)
-        ]
-        left.remove(record)
+
+        def is_result(path: Path) -> bool:
+            # A cache that is newer than the record has replies that this run has paid for.
+            is_new = path.is_file() and path.stat().st_mtime > record.stat().st_mtime
+            return path != record and (not _is_ignorable(path) or (is_new and path.name in NOT_RESULTS))
+
+        left = list(filter(is_result, self.output_dir.iterdir()))
         if all(is_alone and path.is_file() and not path.stat().st_size for path in left):
             for path in left:
                 path.unlink()
