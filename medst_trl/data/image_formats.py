@@ -25,8 +25,6 @@ from PIL import Image, UnidentifiedImageError
 
 from medst_trl.base.errors import UserError
 
-from .image_settings import ImageSettings
-
 
 class ImageProblem(Exception):
     """
@@ -60,11 +58,6 @@ def image_problem(reason: str, errors: type[Exception] | tuple[type[Exception], 
         # PIL's message for a file that it cannot identify has the address of an object in it, others have a path.
         detail = "" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
         raise ImageProblem(reason, str(detail)) from None
-
-
-def max_bytes(max_pixels: int) -> int:
-    """Return the size of the largest file to read into memory: 16 bytes per pixel, of an image or of a volume."""
-    return 16 * max(max_pixels, ImageSettings.max_pixels)
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -5,7 +5,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -21,7 +21,7 @@ from .cells import DICOM_SUFFIXES
 from .groups import GroupIds, salt_of
 from .image_formats import ImageProblem
 from .images import FolderImages, StoredImage, loader_of
-from .source import Conversation, ImageReader, Records, Rejected
+from .source import ImageReader, Records, Rejected
 
 
 INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` writes
@@ -38,13 +38,12 @@ def choose_frames(records: Records, images: FolderImages, num_workers: int) -> R
     counted = tqdm(ordered_map(images.frames_of, names, num_workers), "frames", len(names), unit="file", disable=None)
     frames = dict(zip(names, counted))
 
-    def chosen(record: Conversation) -> Iterator[Conversation]:
-        for name in record.images:
-            for frame in frames[name]:
-                yield replace(record, id=record.id if frame == name else frame, images=(frame,))
-
-    expanded = ([record] if record.messages else chosen(record) for record in records.conversations)
-    return replace(records, conversations=list(chain.from_iterable(expanded)))
+    conversations = []
+    for record in records.conversations:
+        shown = [] if record.messages else [(name, frame) for name in record.images for frame in frames[name]]
+        chosen = [replace(record, id=record.id if frame == name else frame, images=(frame,)) for name, frame in shown]
+        conversations += chosen or [record]
+    return replace(records, conversations=conversations)
 
 
 class ImageIndex(NamedTuple):

@@ -57,6 +57,11 @@ class ImageSettings:
             )
 
     @property
+    def max_bytes(self) -> int:
+        """Size of the largest file to read into memory: 16 bytes per pixel, of an image or of a volume."""
+        return 16 * max(self.max_pixels, 100_000_000)
+
+    @property
     def frame_step(self) -> int | None:
         """The step from one chosen frame to the next, 1 for `all`; None if at most one frame is used."""
         match = _FRAMES.fullmatch(self.frames or "middle")

@@ -30,16 +30,7 @@ from medst_trl.base.files import did_you_mean
 
 from .cells import DICOM_SUFFIXES
 from .dicom import open_dicom
-from .image_formats import (
-    Frame,
-    Frames,
-    ImageProblem,
-    check_pixels,
-    image_problem,
-    max_bytes,
-    to_8_bit,
-    without_metadata,
-)
+from .image_formats import Frame, Frames, ImageProblem, check_pixels, image_problem, to_8_bit, without_metadata
 from .image_settings import ImageSettings
 from .near_copies import perceptual_hash
 from .nifti import is_nifti, open_nifti
@@ -152,7 +143,7 @@ def load_image(
 
 def open_image(path: str | os.PathLike | bytes, settings: ImageSettings) -> Frames:
     """Open a file, of which [`load_frame`] reads the frames. Raises the errors of [`load_image`]."""
-    data = path if isinstance(path, bytes) else _bytes_of(Path(path), settings.max_pixels)
+    data = path if isinstance(path, bytes) else _bytes_of(Path(path), settings.max_bytes)
     name = "" if data is path else Path(path).name
     try:
         if data[128:132] == b"DICM" or PurePath(name).suffix.lower() in DICOM_SUFFIXES:
@@ -191,14 +182,14 @@ def _store(frame: Frame, groups: dict[str, str], identify: bool) -> StoredImage:
     return StoredImage(data, *names, note=frame.note)
 
 
-def _bytes_of(path: Path, max_pixels: int) -> bytes:
+def _bytes_of(path: Path, max_bytes: int) -> bytes:
     with image_problem("unreadable"), image_problem("missing", (FileNotFoundError, NotADirectoryError)):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # before opening: a named pipe would wait forever
             raise ImageProblem("not_a_file")
         if status.st_size == 0:
             raise ImageProblem("empty", "zero bytes")
-        if status.st_size > max_bytes(max_pixels):
+        if status.st_size > max_bytes:
             raise ImageProblem("too_large", f"{status.st_size} bytes")
         return path.read_bytes()
 
@@ -274,17 +265,17 @@ def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: boo
     Raises:
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
     """
-    root = os.path.realpath(directory)
+    root = os.path.join(os.path.realpath(directory), "")
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         name = name.replace("\\", "/")  # a table from Windows
+    named = os.path.normpath(os.path.join(root, name))
     try:
         path = os.path.realpath(os.path.join(root, name))
     except (OSError, ValueError):  # too long, a zero byte
         raise ImageProblem("missing", "no such file name") from None
-    if path.startswith(os.path.join(root, "")):
+    if path.startswith(root):
         return Path(path)
-    named = os.path.normpath(os.path.join(root, name))
-    if not named.startswith(os.path.join(root, "")):
+    if not named.startswith(root):
         raise ImageProblem("outside_image_folder")
     if not follow_symlinks:
         raise ImageProblem("outside_image_folder", "by a symbolic link; --follow_symlinks true follows it")

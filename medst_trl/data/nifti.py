@@ -16,18 +16,13 @@ import logging
 import math
 import zlib
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from .cells import NIFTI_SUFFIXES
-from .image_formats import Frame, Frames, ImageProblem, check_pixels, finite_range, image_problem, max_bytes, rescale
+from .image_formats import Frame, Frames, ImageProblem, check_pixels, finite_range, image_problem, rescale
 from .image_settings import ImageSettings
-
-
-if TYPE_CHECKING:
-    from nibabel.arrayproxy import ArrayProxy
 
 
 def is_nifti(data: bytes, name: str) -> bool:
@@ -52,16 +47,15 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     import nibabel
 
     nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # it prints values of headers to stderr
-    limit = max_bytes(settings.max_pixels)
-    data = _unpacked(data, limit + 1)
+    data = _unpacked(data, settings.max_bytes + 1)
     with image_problem("not_an_image"):
         image = (nibabel.Nifti2Image if data[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_bytes(data)
         stored, affine = image.dataobj, image.affine
         if not stored.shape or min(stored.shape) < 1:
             raise ImageProblem("not_an_image", f"shape {stored.shape}")
     number = math.prod(stored.shape)
-    if max(len(data), stored.offset + number * stored.dtype.itemsize) > limit:
-        raise ImageProblem("too_large", f"more than {limit} bytes")
+    if max(len(data), stored.offset + number * stored.dtype.itemsize) > settings.max_bytes:
+        raise ImageProblem("too_large", f"more than {settings.max_bytes} bytes")
     if stored.dtype.kind == "c":
         raise ImageProblem("unsupported", "complex values")
     with image_problem("truncated"):  # as stored: scaled values would need up to eight times the memory
@@ -79,8 +73,8 @@ def open_nifti(data: bytes, settings: ImageSettings) -> Frames:
     return _slices(volumes, stored, settings.shown_range or (own if own[0] < own[1] else None))
 
 
-def _slices(volumes: np.ndarray, scale: "ArrayProxy", window: tuple[float, float] | None) -> Frames:
-    """Return the frames of stored values of shape (right, front, slices, volumes)."""
+def _slices(volumes: np.ndarray, scale, window: tuple[float, float] | None) -> Frames:
+    """Return the frames of stored values of shape (right, front, slices, volumes); `scale` has `slope` and `inter`."""
 
     @cache
     def range_of(volume: int) -> list[float]:

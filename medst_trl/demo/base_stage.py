@@ -106,9 +106,8 @@ def main(args: BaseArguments) -> None:
             shutil.rmtree(_run_directory(args))
         counts = {"parameters": model.num_parameters(), "steps": trainer.state.global_step}
         record.finish(counts=counts, training_loss=result.training_loss)
-    print(
-        f"base: {model.num_parameters():,} parameters, training loss {result.training_loss:.3f}, in {args.output_dir}"
-    )
+    size, loss = counts["parameters"], result.training_loss
+    print(f"base: {size:,} parameters, training loss {loss:.3f}, in {args.output_dir}")
 
 
 def check(args: BaseArguments) -> None:
