@@ -101,6 +101,10 @@ class Registry(Generic[_T]):
             )
         return self._objects[name]
 
+    def check(self, name: str) -> str:
+        """Return `name` if it is registered; raise as [`get`] otherwise."""
+        return self.get(name).name
+
     def built_in(self) -> list[str]:
         """Names of the objects that come with the package, in order."""
         return [name for name in self if self._origins[name] == _PACKAGE]

@@ -29,7 +29,7 @@ def fruits():
 
 
 def test_the_error_for_an_unknown_name_lists_all_names_and_suggests_the_closest(fruits):
-    assert fruits.get("apple").name == "apple"
+    assert fruits.get("apple").name == fruits.check("apple") == "apple"
     with pytest.raises(
         UserError, match=r"Unknown fruit 'aple'. Did you mean 'apple'\? Choose one of apple, cherry, or load your own"
     ):
