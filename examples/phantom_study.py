@@ -25,7 +25,7 @@ from pathlib import Path
 
 from jinja2 import Template
 
-from medst_trl.pipeline.recipe import find_recipe
+from medst_trl.pipeline.recipe_files import find_recipe
 from medst_trl.pipeline.stages.dpo import end_of_log
 from medst_trl.report.charts import Bar, bar_chart
 

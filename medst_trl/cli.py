@@ -42,7 +42,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from medst_trl import __version__
 from medst_trl.base.errors import Interrupted, UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
@@ -50,9 +49,12 @@ from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.registry import add_plugins, plugin_files
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
-from medst_trl.pipeline.recipe import Step, find_recipe, packaged_recipes, read_recipe, step_of_file, summary
+from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
+from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 from medst_trl.pipeline.record import RUN_VARIABLE
 from medst_trl.pipeline.stage import STAGES, Stage
+
+from . import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

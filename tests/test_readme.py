@@ -20,7 +20,8 @@ from judge_server import JudgeServer
 from medst_trl import cli
 from medst_trl.base.registry import PLUGINS_VARIABLE
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.recipe import packaged_recipes, read_recipe
+from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.recipe_files import packaged_recipes
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]

@@ -27,7 +27,8 @@ from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import stage_arguments
 from medst_trl.pipeline.plan.validate import validate
-from medst_trl.pipeline.recipe import packaged_recipes, read_recipe, summary
+from medst_trl.pipeline.recipe import read_recipe
+from medst_trl.pipeline.recipe_files import packaged_recipes, summary
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -26,7 +26,7 @@ from medst_trl.base.errors import UserError, closest, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, stop_signals, world_size
 
 from .options import as_count
-from .recipe import read_yaml
+from .recipe_files import read_yaml
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"

@@ -57,8 +57,8 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         (2 x batch, length), first all chosen, then all rejected; `pixel_values` and what else the processor gives,
         for all rows, or with `share_prefix` for those of the chosen answers alone, and then `prefix_length` of shape
         (batch,), the length of the common prefix of each pair, and `shared_length`, that of the longest pair as one
-        sequence. `weight` and `probability`, float32 of shape (batch,), if every example has them. `neutralised`
-        counts control tokens in data, if there are any.
+        sequence. `weight` and `probability`, float32 of shape (batch,), if an example has them; 1 for those that
+        have none. `neutralised` counts control tokens in data, if there are any.
 
     Raises:
         UserError: if a prompt leaves no room for its answer, or images and placeholders differ in number.
@@ -87,8 +87,9 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0) - batch["prefix_length"]
             batch["shared_length"] = int(lengths.max()) + 1
         for name in ("weight", "probability"):
-            if all(example.get(name) is not None for example in examples):
-                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
+            values = [example.get(name) for example in examples]
+            if values.count(None) < len(values):
+                batch[name] = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float32)
         if neutralised := sum(conversation.neutralised for conversation in rendered):
             batch["neutralised"] = neutralised
         return batch

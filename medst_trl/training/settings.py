@@ -60,7 +60,7 @@ class TrainerSettings:
             Whether to keep the workers between epochs. Default: true with an accelerator.
         save_steps (`float`, *optional*, defaults to `0.1`):
             Number of steps between checkpoints. A value below 1 is a fraction of all steps. With
-            load_best_model_at_end, the default is eval_steps.
+            load_best_model_at_end, the default is one checkpoint after each evaluation.
         save_total_limit (`int`, *optional*):
             Number of checkpoints to keep, with the best one. Default: 2 if save_steps has its default, else all.
     """
@@ -93,8 +93,8 @@ class TrainerSettings:
         if self.save_steps == SAVE_STEPS and self.save_strategy == "steps":
             if self.save_total_limit is None:
                 self.save_total_limit = 2
-            if self.load_best_model_at_end and self.eval_strategy == "steps":  # a checkpoint needs an evaluation
-                self.save_steps = self.eval_steps or self.logging_steps
+            if self.load_best_model_at_end and self.eval_strategy != "no":  # a checkpoint needs an evaluation
+                self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.greater_is_better is None and "loss" in (self.metric_for_best_model or ""):

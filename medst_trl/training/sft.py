@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 
@@ -124,7 +124,11 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         )
         self.prepare_for_training()
         self._target_sums = {}
-        self.add_callback(_SetEpoch(self.data_collator))
+
+    def _run_epoch(self, *, epoch: int, **kwargs):
+        if hasattr(self.data_collator, "set_epoch"):
+            self.data_collator.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Evaluation losses of different epochs are only comparable over the same targets.
@@ -215,14 +219,3 @@ def _packing(model: PreTrainedModel, args: SelfQuestioningConfig) -> float | Non
 def _without_attention_mask(module, args, kwargs):
     kwargs.pop("attention_mask", None)
     return args, kwargs
-
-
-class _SetEpoch(TrainerCallback):
-    """Passes the epoch to the collator; the Trainer calls this before it iterates the epoch's data loader."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.collator, "set_epoch"):
-            self.collator.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -18,7 +18,7 @@ from jsonl import write_prediction
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
-from medst_trl.pipeline.recipe import read_yaml
+from medst_trl.pipeline.recipe_files import read_yaml
 from medst_trl.pipeline.stages import _training as training
 from medst_trl.pipeline.stages._training import TrainingStageArguments
 

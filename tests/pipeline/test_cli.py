@@ -237,7 +237,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     recipes.mkdir()
     (recipes / "mini.yaml").write_text(RECIPE)
     (recipes / "mini.yaml").chmod(0o755)
-    monkeypatch.setattr("medst_trl.pipeline.recipe.RECIPES", recipes)
+    monkeypatch.setattr("medst_trl.pipeline.recipe_files.RECIPES", recipes)
     assert main(["recipes", "ls"]) == 0
     assert capsys.readouterr().out.split(None, 1) == ["mini", "Two stages that take seconds.\n"]
     assert main(["recipes", "show", "mini"]) == 0

@@ -201,3 +201,10 @@ def test_a_pair_with_an_image_of_extreme_aspect_ratio_is_rejected(family):
     dataset = Dataset.from_list([row | (strip if row["id"] == "p2" else {}) for row in rows()])
     pairs = usable_pairs(dataset, prepared_processor(family), 512)
     assert pairs.rejected_records == {"p2": "extreme_aspect_ratio"} and len(pairs.dataset) == 5
+
+
+def test_a_pair_without_a_weight_counts_as_one_beside_others():
+    first, *others = rows()
+    collator = DataCollatorForMultimodalPreference(prepared_processor("vicuna"))
+    batch = collator([first | {"weight": 0.5, "probability": None}, *others[:2], others[2] | {"weight": None}])
+    assert batch["weight"].tolist() == [0.5, 1.0, 1.0, 1.0] and "probability" not in batch

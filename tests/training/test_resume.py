@@ -197,6 +197,8 @@ def test_checkpoints_are_a_tenth_of_the_run_apart_and_few_are_kept(tmp_path):
     assert SelfQuestioningConfig(output_dir=str(tmp_path), save_steps=5).save_total_limit is None
     assert SelfQuestioningConfig(output_dir=str(tmp_path), save_total_limit=0).save_total_limit == 0
     best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
+    epochs = SelfQuestioningConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="epoch")
+    assert epochs.save_strategy == "epoch"
     for given, steps in ({"eval_steps": 7}, 7), ({"logging_steps": 3}, 3), ({"eval_steps": 0.25}, 0.25):
         assert MultimodalDPOConfig(output_dir=str(tmp_path), **best, **given).save_steps == steps
 

@@ -51,8 +51,10 @@ _AT_LEAST = {
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
     "vision_learning_rate": 0, "projector_learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "seed": 0,
+    "label_smoothing": 0,
 }  # fmt: skip
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
+_BELOW = {"label_smoothing": 0.5}
 
 
 @documented
@@ -160,7 +162,8 @@ class TrainingStageArguments:
         from medst_trl.training.resume import checkpoint_named
 
         given = vars(training_args) | vars(self)
-        check_bounds(SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given), at_least=_AT_LEAST, at_most=_AT_MOST)
+        settings = SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given)
+        check_bounds(settings, at_least=_AT_LEAST, at_most=_AT_MOST, below=_BELOW)
         epochs = given.get("num_train_epochs", 1)
         if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
             raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")

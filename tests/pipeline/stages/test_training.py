@@ -126,7 +126,8 @@ def check(**changes):
         {"lora_r": -4}, {"vision_lora_r": -1}, {"lora_dropout": 2.0}, {"lora_dropout": -0.1}, {"max_records": 0},
         {"max_length": 0}, {"max_length": -5}, {"sq_ratio": 1.5}, {"learning_rate": float("nan")},
         {"learning_rate": -1e-4}, {"learning_rate": float("inf")}, {"num_train_epochs": 0}, {"num_train_epochs": -1},
-        {"dtype": "float8"}, {"vusr_role": "bogus"}, {"seed": -1}, {"metric_for_best_model": "accuracy"},
+        {"dtype": "float8"}, {"vusr_role": "bogus"}, {"seed": -1}, {"label_smoothing": 0.5},
+        {"metric_for_best_model": "accuracy"},
     ],
     ids=str,
 )  # fmt: skip
