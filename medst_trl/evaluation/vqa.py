@@ -5,7 +5,7 @@ Greedy answers to a benchmark by any engine: resumable, on one or several proces
 
 Controls are the same evaluation with images that do not help, to show how much of a score needs the image:
 
-- `blank`: every image is replaced by a mid-grey one of the same size.
+- `blank`: every image is replaced by a mid-gray one of the same size.
 - `shuffled`: every question is asked about another image of the benchmark, all questions of one image about the same.
 
 Both are built in; there is no registry for others. If a control reaches the same score, the model does not need the
@@ -38,7 +38,7 @@ OPENED = 64  # images in memory, since questions about one image follow each oth
 
 
 def blank_image(image: "Image.Image") -> "Image.Image":
-    """Make a mid-grey image of the same size."""
+    """Make a mid-gray image of the same size."""
     from PIL import Image
 
     return Image.new("RGB", image.size, (128, 128, 128))

@@ -46,13 +46,13 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
     Args:
         contents ([`Contents`]): The dataset.
         repo_id (`str`): Its repository.
-        license (`str`, *optional*): Identifier of its licence on the Hub. Synthetic images have the source's.
+        license (`str`, *optional*): Identifier of its license on the Hub. Synthetic images have the source's.
         run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
     """
     steps = steps_to(contents.directory, run)
     sources = _sources(steps)
-    licences = {source.get("licence") if source.get("synthetic") else None for source in sources}
-    if license is None and len(licences) == 1 and (name := licences.pop()):
+    licenses = {source.get("licence") if source.get("synthetic") else None for source in sources}
+    if license is None and len(licenses) == 1 and (name := licenses.pop()):
         license = name.lower().replace(" ", "-")  # as the Hub spells it: cc-by-4.0
     splits = [_split(contents.directory, name) for name in splits_in(contents.directory)]
     files = [{"split": split["name"], "path": split["path"]} for split in splits]

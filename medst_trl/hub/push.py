@@ -84,7 +84,7 @@ def push_directory(
             Hub id of the base of an adapter or of a merged model (`"org/name"`, `"org/name@revision"`), if that
             names a local directory.
         license (`str`, *optional*):
-            Identifier of a licence on the Hub, such as `"cc-by-4.0"`.
+            Identifier of a license on the Hub, such as `"cc-by-4.0"`.
         revision (`str`, *optional*):
             Branch to push to; created if it does not exist.
         commit_message (`str`, *optional*):

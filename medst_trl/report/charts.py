@@ -5,7 +5,7 @@ Charts as inline SVG: lines over steps, and horizontal bars with error bars. `ch
 
 Each SVG is self-contained. Its colors are CSS variables with a default, so that a page can set its own for a dark
 screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's template has both sets). No
-chart relies on color alone: lines are labelled and differ in dashes, and bars are labelled.
+chart relies on color alone: lines are labeled and differ in dashes, and bars are labeled.
 """
 
 import math
@@ -50,7 +50,7 @@ class Bar:
         name (`str`): Its label. Bars with the same name have the same color.
         value (`float`): Its length.
         interval (`(float, float)`, *optional*): Ends of its error bar.
-        muted (`bool`, *optional*, defaults to `False`): Whether it is grey, as a baseline.
+        muted (`bool`, *optional*, defaults to `False`): Whether it is gray, as a baseline.
     """
 
     name: str
@@ -68,7 +68,7 @@ def line_chart(
     title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> Markup:
     """
-    Draw lines over a common x axis, each labelled with its name and last value.
+    Draw lines over a common x axis, each labeled with its name and last value.
 
     Args:
         title (`str`): Heading of the chart.

@@ -22,7 +22,7 @@ from .scores import Comparison, read_comparisons
 from .text import environment, is_number, number, percent, relative_path, without_paths
 
 
-GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognised and can be replaced
+GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognized and can be replaced
 
 # Values at the end of training.
 _TRAINED = {
@@ -188,7 +188,7 @@ def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
     text of each evaluation (`rows`), and for each dataset what it is and the label of the evaluation (`sources`).
     What was found is noted on the run.
     """
-    labelled = [
+    labeled = [
         (one.label, Contamination.read(one.directory / CONTAMINATION_FILE) or Contamination())
         for one in comparison.evaluations
     ]
@@ -196,15 +196,15 @@ def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
     def name_of(source: Mapping[str, Any]) -> str:
         return source.get("hub_id") or relative_path(source["path"], run.directory)
 
-    if labels := [label for label, found in labelled if found.is_contaminated]:
+    if labels := [label for label, found in labeled if found.is_contaminated]:
         run.notes.append(
             f"The training data of {' and '.join(labels)} contains parts of the benchmark {comparison.benchmark}, so "
             "these scores can be too high: see Contamination."
         )
     return {
         "comparison": comparison,
-        "rows": list(zip(*(found.rows() for _, found in labelled))),
-        "sources": [(label, text) for label, found in labelled for text in found.sources(name_of)],
+        "rows": list(zip(*(found.rows() for _, found in labeled))),
+        "sources": [(label, text) for label, found in labeled for text in found.sources(name_of)],
     }
 
 

@@ -80,7 +80,7 @@ def test_this_process_has_no_plugin():
 
 def test_the_dataset_card_shows_the_source_of_a_plugin(run):
     card = dataset_card(find_contents(run / "prepare" / "instruct"), "org/squares")
-    assert "[Grey &#124; squares](https://example.org/squares). Licence: CC0 1.0" in card
+    assert "[Grey &#124; squares](https://example.org/squares). License: CC0 1.0" in card
     assert "license: cc0-1.0\n" in card and "| source | squares |" in card
 
 

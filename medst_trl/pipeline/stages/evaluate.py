@@ -100,7 +100,7 @@ class EvaluateArguments:
         predictions_format (`str`, *optional*):
             Format of the predictions file. Default: detected from its keys.
         controls (`list[str]`, *optional*, defaults to `["blank", "shuffled"]`):
-            Additional runs with wrong images: blank (a grey image), shuffled (the image of another question), or none.
+            Additional runs with wrong images: blank (a gray image), shuffled (the image of another question), or none.
         variants (`list[str]`, *optional*, defaults to `["strict", "llava_med"]`):
             Metrics to compute. The default is those that come with the package.
         max_new_tokens (`int`, *optional*, defaults to `64`):

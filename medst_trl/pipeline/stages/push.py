@@ -50,7 +50,7 @@ class PushArguments:
         base_model_name_or_path (`str`, *optional*):
             Hub id of the base model, if the adapter or merged model was made from a local directory.
         license (`str`, *optional*):
-            Identifier of a licence on the Hub, such as cc-by-4.0.
+            Identifier of a license on the Hub, such as cc-by-4.0.
         revision (`str`, *optional*):
             Branch to push to. It is created if it does not exist.
         commit_message (`str`, *optional*):
