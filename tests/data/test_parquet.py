@@ -218,3 +218,15 @@ def test_a_misspelled_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
             prepare(tmp_path / "out", "images", path)
     with pytest.raises(UserError, match="data_path does not exist: org/data"):
         prepare(tmp_path / "out", "llava", "org/data")
+
+
+def test_file_names_in_a_directory_of_parquet_files_are_in_the_image_folder(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for n in range(2):
+        (tmp_path / "scans" / f"{n}.png").write_bytes(png(n))
+    table = [{"image": f"{n}.png", "question": "Is it dark?", "answer": "yes"} for n in range(2)]
+    (tmp_path / "table").mkdir()
+    Dataset.from_list(table).to_parquet(tmp_path / "table" / "train.parquet")
+    for path in (tmp_path / "table", tmp_path / "table" / "train.parquet"):
+        counts = prepare(tmp_path / f"out_{path.name}", "images", path, image_folder=str(tmp_path / "scans"))
+        assert counts["datasets"]["instruct/train"]["images"] == 2
