@@ -43,8 +43,8 @@ _DECLARED_SEPARATOR = re.compile(r'"?sep=(.)"?\s*$', re.IGNORECASE)  # Excel's f
 # What other text becomes if it is read as Western European: the letters of Czech, Croatian or Turkish, and symbols in
 # words or several accented letters in a row, of Polish, Cyrillic, Chinese, or the code pages of DOS and of the Mac.
 _NOT_WESTERN = re.compile(
-    r"[šžðþýŠŽÐÞÝŸ]|º\w|[¢-ª¬-¾·][À-ÿ]|[^\W\d_\x00-\x7f]{3}"
-    r"|[^\W\d_][¡-¶¸-¿€‚ƒ„†‡ˆ‰‹‘“”•˜™›][^\W\d_]"
+    r"[šžðþýŠŽÐÞÝŸ]|º[^\W\d_]|[¢-ª¬-¾·][À-ÿ]|[^\W\d_\x00-\x7f]{3}"
+    r"|[^\W\d_][¡-¶¸-¿€‚ƒ„†‡ˆ‰‹“”•˜™›][^\W\d_]"
 )
 _HUNGARIAN, _ROMANCE = re.compile("[õûÕÛ]"), re.compile("[ãçàèêÃÇÀÈÊ]")  # both in French and Portuguese
 _KANA, _HANGUL, _IDEOGRAPH = map(re.compile, ("[\u3040-\u30ff]", "[\uac00-\ud7a3]", "[\u4e00-\u9fff]"))

@@ -191,6 +191,7 @@ WESTERN = (
     "Onde está a lesão?;não há lesões, no coração", "C'è versamento?;sì, è più grande",
     "Læsionen?;i højre lunge, øvre lap", "Onko nestettä?;kyllä, oikeassa", "Waar?;coördinatie, reëel",
     "Dû à quoi?;sûrement là, côté gauche",
+    "¿Qué imagen?;la nº3: hígado y riñón", "N° 5?;col·lapse pulmonar, 20 µm²",
 )  # fmt: skip
 CHINESE = ("病变在哪里？;右上肺", "这是什么器官？;肝脏", "图像是否正常？;是", "这张图片是什么模态？;磁共振成像（MRI）")
 
