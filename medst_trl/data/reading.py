@@ -120,7 +120,7 @@ def _decode(content: bytes, is_utf16: bool) -> "CharsetMatch | None":
     text = str(found)
     if found.encoding == "cp1252":
         foreign, special = len(_NOT_WESTERN.findall(text)), len(_NOT_ASCII.findall(text))
-        is_hungarian = len(_HUNGARIAN.findall(text)) > len(_ROMANCE.findall(text))
+        is_hungarian = len(_HUNGARIAN.findall(text)) > 4 * len(_ROMANCE.findall(text))
         return None if is_hungarian or 20 * foreign > special else found
     other = str(from_bytes(content, cp_isolation=["gb18030", "big5", "cp932", "cp949"]).best())
     is_chinese = other == text or (_HANGUL.search(other) and _IDEOGRAPH.search(other))  # not one of both alone

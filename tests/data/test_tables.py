@@ -192,6 +192,7 @@ WESTERN = (
     "Læsionen?;i højre lunge, øvre lap", "Onko nestettä?;kyllä, oikeassa", "Waar?;coördinatie, reëel",
     "Dû à quoi?;sûrement là, côté gauche",
     "¿Qué imagen?;la nº3: hígado y riñón", "N° 5?;col·lapse pulmonar, 20 µm²",
+    "A quel coût?;sûrement à gauche",
 )  # fmt: skip
 CHINESE = ("病变在哪里？;右上肺", "这是什么器官？;肝脏", "图像是否正常？;是", "这张图片是什么模态？;磁共振成像（MRI）")
 
