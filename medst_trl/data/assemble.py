@@ -140,7 +140,8 @@ def _usable(
         else:
             files = record.images if records.image_folder else ()
             own = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}
-            own = {name: published_id(value, files, record.group, groups.of_key) for name, value in own.items()}
+            found = [index.group_ids.get(name) for name in record.images]
+            own = {key: published_id(name, files, record.group, found, groups.of_key) for key, name in own.items()}
             record = replace(record, **own)
         own = groups.of_key(record.group)
         found = [own] if own else sorted({index.group_ids[name] for name in record.images if name in index.group_ids})

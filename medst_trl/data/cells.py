@@ -150,7 +150,11 @@ def image_suffixes() -> frozenset[str]:
 
 
 def published_id(
-    name: str, images: Collection[str] = (), group: str | None = None, keyed: Callable[[str], str] | None = None
+    name: str,
+    images: Collection[str] = (),
+    group: str | None = None,
+    group_ids: Collection[str | None] = (),
+    keyed: Callable[[str], str] | None = None,
 ) -> str:
     """
     Return an id or link as it may be published: its own, unless it reveals a file or a group, such as a patient.
@@ -167,23 +171,33 @@ def published_id(
             Names of the files of its images.
         group (`str`, *optional*):
             Its group as the source names it, before it is hashed.
+        group_ids (collection of `str`, *optional*):
+            Groups of its images, which are known by their hashes only, such as patients in DICOM headers.
         keyed (`Callable`, *optional*):
-            Makes the keyed hash of an id with a group, see [`~medst_trl.data.groups.GroupIds.of_key`].
+            Makes the hashes of groups, and of an id with a group, see [`~medst_trl.data.groups.GroupIds.of_key`].
     """
     parts = {part.partition(".")[0] for image in images for part in image.replace("\\", "/").split("/")}
     text, hidden = name.casefold(), {part.casefold() for part in parts - SPLIT_NAMES.keys()}
+    groups = {*group_ids} - {None}
     is_revealing = (
         "/" in name
         or "\\" in name
         or PurePosixPath(name.partition("#")[0]).suffix.lower() in image_suffixes()
         or any(part == text or (len(part) > 3 and part in text) for part in hidden)
         or (group is not None and _words(group) in _words(name))
+        or (groups and any(keyed(part) in groups for part in _parts(name)))
     )
     if not is_revealing:
         return name
-    return f"id-{hashlib.sha256(name.encode()).hexdigest()[:16] if group is None or keyed is None else keyed(name)}"
+    return f"id-{keyed(name) if group or groups else hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _words(text: str) -> str:
     """Return the runs of letters and of digits in a text between blanks: `P12-3` has the word 12."""
     return " ".join(["", *re.findall(r"[0-9]+|[^0-9_\W]+", text.casefold()), ""])
+
+
+def _parts(text: str) -> set[str]:
+    """Return the parts of a text, of at most four words, that may be the name of a group: `P_12` of `P_12-q3`."""
+    words = re.split(r"([\W_]+)", text)
+    return {"".join(words[i:j]) for i in range(0, len(words), 2) for j in range(i + 1, min(i + 9, len(words) + 1), 2)}

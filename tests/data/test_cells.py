@@ -50,7 +50,18 @@ def test_ids_that_name_the_group_have_a_keyed_hash(name, group, is_kept):
     def keyed(text):
         return group_id(bytes(32), text)
 
-    assert published_id(name, (), group, keyed) == (name if is_kept else f"id-{group_id(bytes(32), name)}")
+    assert published_id(name, (), group, keyed=keyed) == (name if is_kept else f"id-{group_id(bytes(32), name)}")
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [("P-12_3", False), ("P-12", False), ("P-120", True), ("q 3", True)])
+def test_ids_that_name_the_patient_of_a_header_have_a_keyed_hash(name, is_kept):
+    """Only the hash of the patient is known."""
+
+    def keyed(text):
+        return group_id(bytes(32), text)
+
+    published = published_id(name, group_ids=[keyed("P-12"), None], keyed=keyed)
+    assert published == (name if is_kept else f"id-{keyed(name)}")
 
 
 @pytest.mark.parametrize(

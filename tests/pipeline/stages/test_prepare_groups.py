@@ -94,6 +94,21 @@ def test_no_file_names_a_patient_or_the_salt(tmp_path):
     main(PrepareArguments(str(directory), "images", group_column="patient_id", group_salt="other/my_salt", **table))
 
 
+def test_ids_that_name_the_patient_of_a_dicom_header_are_hashed(tmp_path):
+    for number in range(2):
+        dicom(tmp_path / "scans" / f"{number}.dcm", "HOSP-4711", "1.2", number)
+    rows = [
+        {"id": name, "image": f"{n}.dcm", "question": "Q?", "answer": "yes", "link": "HOSP-4711", "split": "test"}
+        for n, name in enumerate(["q-HOSP-4711-a", "harmless"])
+    ]
+    table = write_table(tmp_path / "t.csv", rows)
+    directory, _ = prepare(tmp_path, data_path=str(table), image_folder=str(tmp_path / "scans"))
+    (first,), (second,) = sorted(load_records(directory / "benchmark", "test")["questions"], key=lambda q: q[0]["id"])
+    ids = GroupIds(tmp_path / "salt")
+    assert {first["id"], second["id"]} == {"harmless", f"id-{ids.of_key('q-HOSP-4711-a')}"}
+    assert first["link"] == second["link"] == f"id-{ids.of_key('HOSP-4711')}"
+
+
 @pytest.mark.parametrize("source", ["images", "llava", "captions"])
 def test_ids_and_links_that_name_a_patient_are_hashed(tmp_path, source):
     for number in range(6):
