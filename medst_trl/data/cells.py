@@ -176,14 +176,14 @@ def published_id(
         keyed (`Callable`, *optional*):
             Makes the hashes of groups, and of an id with a group, see [`~medst_trl.data.groups.GroupIds.of_key`].
     """
-    parts = {part.partition(".")[0] for image in images for part in image.replace("\\", "/").split("/")}
-    text, hidden = name.casefold(), {part.casefold() for part in parts - SPLIT_NAMES.keys()}
+    stems = {part.partition(".")[0] for image in images for part in image.replace("\\", "/").split("/")}
+    text, stems = name.casefold(), {stem.casefold() for stem in stems - SPLIT_NAMES.keys()}
     groups = {*group_ids} - {None}
     is_revealing = (
         "/" in name
         or "\\" in name
         or PurePosixPath(name.partition("#")[0]).suffix.lower() in image_suffixes()
-        or any(part == text or (len(part) > 3 and part in text) for part in hidden)
+        or any(stem == text or (len(stem) > 3 and stem in text) for stem in stems)
         or (group is not None and _words(group) in _words(name))
         or (groups and any(keyed(part) in groups for part in _parts(name)))
     )

@@ -344,8 +344,6 @@ class Source:
         reads_parquet (`bool`, *optional*, defaults to `False`):
             Whether Parquet files and Hub ids as `data_path` are read by [`~medst_trl.data.parquet.read_parquet`]
             instead.
-        reads_folders (`bool`, *optional*, defaults to `False`):
-            Whether a directory as `data_path` is the directory of the images, whatever `image_folder` is.
         data_files (`tuple` of `str`, *optional*):
             Patterns of the files, besides images, that it reads in a directory as `data_path`. By default all files
             there are compared on a re-run.
@@ -363,7 +361,6 @@ class Source:
     count: Callable[[Any, str, str], int | None] | None = None
     needs_data: bool = True
     reads_parquet: bool = False
-    reads_folders: bool = False
     data_files: tuple[str, ...] | None = None
     image_folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()

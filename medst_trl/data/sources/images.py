@@ -124,7 +124,6 @@ SOURCES.register(
         read=read_table,
         card=SourceCard("images from the publisher of this repository"),
         reads_parquet=True,
-        reads_folders=True,
         data_files=(),
     )
 )

@@ -16,7 +16,7 @@ from typing import Any
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import GOLD, complete_rows, read_with_answers
+from .questions import GOLD, read_with_answers
 
 
 def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ PREDICTION_FORMATS.register(
         summary="LLaVA-Med's answer files, v1 and v1.5",
         expected="LLaVA-Med's answer files are JSON lines with question_id, prompt and text.",
         guess=lambda path, first: first.keys() >= {"question_id", "text"},
-        read=partial(read_with_answers, partial(complete_rows, keys=("question_id", "prompt", "text")), _record),
+        read=partial(read_with_answers, ("question_id", "prompt", "text"), _record),
         write=_write,
     )
 )

@@ -17,7 +17,7 @@ from medst_trl.base.files import write_json
 from medst_trl.data.cells import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import GOLD, NOT_ENGLISH, answer_type, complete_rows, read_with_answers
+from .questions import GOLD, NOT_ENGLISH, answer_type, read_with_answers
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -74,7 +74,7 @@ PREDICTION_FORMATS.register(
         summary="results.json of MedEvalKit",
         expected="MedEvalKit's results.json is an array of objects with question, answer and response.",
         guess=lambda path, first: first.keys() >= {"question", "answer", "response"},
-        read=partial(read_with_answers, partial(complete_rows, keys=("question", "answer", "response")), _record),
+        read=partial(read_with_answers, ("question", "answer", "response"), _record),
         write=_write,
     )
 )

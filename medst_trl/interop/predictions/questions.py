@@ -27,20 +27,6 @@ _REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object", 
 GOLD = ("image_id", "group_id", "question", "answer", "answer_type", "question_type")
 
 
-def complete_rows(
-    path: Path, keys: Sequence[str], rows: Iterable[tuple[int, dict | Rejected]] | None = None
-) -> Iterator[ReadRow]:
-    """Yield the rows of a file, by default of JSON, that have a value for each of `keys`, and the others rejected."""
-    for position, row in read_json_records(path, keys[0]) if rows is None else rows:
-        name = f"row {position + 1}"
-        if isinstance(row, Rejected):
-            yield name, Rejected(name, _REASONS.get(row.reason, row.value), row.value)
-        elif missing := [key for key in keys if row.get(key) is None or row[key] != row[key]]:
-            yield name, Rejected(name, f"no {missing[0]}", row)
-        else:
-            yield name, {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
-
-
 def answer_type(answer: Any, given: Any) -> dict[str, Any]:
     """Return the answer type that a file gives, or a guess that is marked as one."""
     kind = str(given).strip().lower()
@@ -50,36 +36,44 @@ def answer_type(answer: Any, given: Any) -> dict[str, Any]:
 
 
 def read_with_answers(
-    read_rows: Callable[[Path], Iterable[ReadRow]],
+    keys: Sequence[str],
     make_record: Callable[[dict[str, Any], int], dict[str, Any]],
     path: Path,
     benchmark: Benchmark | None,
     split: str,
+    read: Callable[[Path, Sequence[str]], Iterable[tuple[int, dict | Rejected]]] | None = None,
 ) -> list[ReadRow]:
     """
     Read the rows of a file and give them the right answers of a benchmark, or check that they have their own.
 
     Args:
-        read_rows (`Callable`):
-            Takes the file and returns its rows as they are.
+        keys (sequence of `str`):
+            What each row must have a value for.
         make_record (`Callable`):
             Takes a row and its number from 0, and returns a record. Raises a [`BadRecord`] for a row that cannot be
             used.
         path, benchmark, split:
             See [`PredictionFormat`].
+        read (`Callable`, *optional*):
+            Takes the file and the keys, and returns its rows. Reads JSON by default.
 
     Raises:
         UserError: if the file holds no right answers and no benchmark is given, or the benchmark has other questions.
     """
     rows, records = [], []
-    for number, (name, row) in enumerate(read_rows(path)):
-        if isinstance(row, dict):
-            try:
-                row = make_record(row, number)
-                check_unicode(row)
-                records.append(row)
-            except BadRecord as error:
-                row = Rejected(name, error.reason, error.value)
+    for number, row in read(path, keys) if read else read_json_records(path, keys[0]):
+        name = f"row {number + 1}"
+        try:
+            if isinstance(row, Rejected):
+                raise BadRecord(_REASONS.get(row.reason, row.value), row.value)
+            row = {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
+            if missing := [key for key in keys if row.get(key) is None]:
+                raise BadRecord(f"no {missing[0]}", row)
+            row = make_record(row, number)
+            check_unicode(row)
+            records.append(row)
+        except BadRecord as error:
+            row = Rejected(name, error.reason, error.value)
         rows.append((name, row))
     if benchmark is not None:
         return join_questions(rows, read_questions(benchmark, split), path)

@@ -10,7 +10,6 @@ An empty cell is an empty answer, a wrong one. (VLMEvalKit reads tables with pan
 
 import csv
 import io
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,17 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_text
 from medst_trl.data.reading import read_rows
-from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat, ReadRow
+from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
-from .questions import GOLD, answer_type, complete_rows, read_with_answers
+from .questions import GOLD, answer_type, read_with_answers
 
 
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
 _EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
 _COLUMNS = ("index", "question", "answer", "prediction")
 _REQUIRED = ("index", "question", "prediction")  # test sets with hidden answers have none
+_READ = partial(read_rows, advice=_EXPECTED, instead="let VLMEvalKit write PRED_FORMAT=tsv", as_written=True)
 _OURS = ("id", "image_id", "answer_type", "question_type", "group_id")
-
-
-def _rows(path: Path) -> Iterator[ReadRow]:
-    instead = "let VLMEvalKit write PRED_FORMAT=tsv"
-    rows = read_rows(path, _REQUIRED, advice=_EXPECTED, instead=instead, as_written=True)
-    return complete_rows(path, _REQUIRED, rows)
 
 
 def _write(records: list[dict[str, Any]], path: Path) -> None:
@@ -80,7 +74,7 @@ PREDICTION_FORMATS.register(
         guess=lambda path, first: (
             path.suffix.lower() in (*_DELIMITERS, ".xlsx") or first.keys() >= {"index", "prediction"}
         ),
-        read=partial(read_with_answers, _rows, _record),
+        read=partial(read_with_answers, _REQUIRED, _record, read=_READ),
         write=_write,
     )
 )

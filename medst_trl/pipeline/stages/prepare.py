@@ -227,8 +227,6 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     Raises:
         UserError: for a missing path.
     """
-    from medst_trl.data.parquet import is_parquet
-
     source = SOURCES.get(args.source)
     own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
     request = SourceRequest(settings=own, seed=args.seed, follow_symlinks=images.follow_symlinks)
@@ -247,8 +245,6 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
     check_image_folder(image_folder)
-    if source.reads_folders and data_path.is_dir() and not is_parquet(data_path):
-        image_folder = data_path
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
