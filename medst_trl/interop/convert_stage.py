@@ -53,10 +53,8 @@ def main(args: ConvertArguments) -> None:
     )
     if family_of(converted["model_type"]).is_own:
         print("convert: only transformers with medst_trl loads this model; vLLM and SGLang cannot.")
-    if converted["vusr_role"] == "text":
-        print("convert: questions start with the text role VUSER:. For the token, convert with --vusr_role token.")
-    else:
-        print("convert: questions start with the token <vusr> of stage 1. For VUSER:, convert with --vusr_role text.")
+    starts, other = {"text": ("text role VUSER:", "token"), "token": ("token <vusr>", "text")}[converted["vusr_role"]]
+    print(f"convert: questions start with the {starts}. To change that, convert with --vusr_role {other}.")
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":

@@ -29,7 +29,7 @@ from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 
 from . import ConvertArguments
-from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, read_tokenizer
+from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, image_settings, read_tokenizer
 from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, open_weights, published_name, read_json
 
 
@@ -265,15 +265,13 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{base_directory / 'config.json'} is damaged ({part}). Download it again.")
-    images = read_json(base_directory / "processor_config.json").get("image_processor")
-    images = images or read_json(base_directory / "preprocessor_config.json")  # an older version's
     return {
         "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
         "vision_config": config["vision_config"],
         "mm_projector_type": projector,
         "mm_vision_select_layer": config.get("vision_feature_layer", -2),
         "mm_vision_select_feature": "cls_patch" if config.get("vision_feature_select_strategy") == "full" else "patch",
-        "image_aspect_ratio": "pad" if images.get("do_pad") else "square",
+        "image_aspect_ratio": "pad" if image_settings(base_directory).get("do_pad") else "square",
     }
 
 

@@ -64,8 +64,11 @@ def build_processor(
         for part in (config, config.text_config):
             setattr(part, name, getattr(tokenizer, name))
     side = config.vision_config.image_size
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    settings = sizes | ({"do_pad": True} if pad else {}) | _colors(vision_directory)
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    own = image_settings(vision_directory)
+    settings |= {key: own[key] for key in ("image_mean", "image_std") if key in own} | (
+        {"do_pad": True} if pad else {}
+    )
     # The processors on PIL: the others need torchvision.
     images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(**settings)
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
@@ -79,14 +82,10 @@ def build_processor(
     )
 
 
-def _colors(directory: Path) -> dict[str, Any]:
-    """Return mean and deviation of colors if a vision tower has its own; CLIP's otherwise."""
-    found = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        content = read_json(directory / name)
-        content = content.get("image_processor", content)
-        found |= {key: content[key] for key in ("image_mean", "image_std") if key in content}
-    return found
+def image_settings(directory: Path) -> dict[str, Any]:
+    """Return the settings of the image processor in a directory, if any. Older versions have a file for them alone."""
+    settings = read_json(directory / "processor_config.json").get("image_processor")
+    return settings or read_json(directory / "preprocessor_config.json")
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

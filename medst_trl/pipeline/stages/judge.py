@@ -215,13 +215,13 @@ def _read_captions(path: str | None) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        row: Any = None
+        with suppress(ValueError):
             row = json.loads(line)
-            if not isinstance(row["image_id"], str):
-                raise TypeError
-            captions[row["image_id"]] = str(row["caption"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: not an object with image_id and caption. Correct it.") from None
+        values = [row.get("image_id"), row.get("caption")] if isinstance(row, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{path}, line {number}: not an object with image_id and caption (texts). Correct it.")
+        captions |= [values]
     return captions
 
 

@@ -193,6 +193,7 @@ def test_the_oracle_judges_phantoms_by_their_ground_truth(candidates, tmp_path, 
     [
         ('\n\n{"image_id": "a", "caption": "b"}\n["a"]\n', "line 4: not an object with image_id and caption"),
         ('{"image_id": 7, "caption": "b"}', "line 1"),
+        ('{"image_id": "a", "caption": null}', "line 1"),
         (None, "Correct the path to the reference_captions"),
         ("\n", None),
     ],
