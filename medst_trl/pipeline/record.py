@@ -292,15 +292,20 @@ def is_complete(directory: str | os.PathLike, stage: str | None = None) -> bool:
 
 def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
     """
-    Describe the settings for which [`StageRecord.of`] would refuse to run, with their old and new values.
+    Describe the settings for which [`StageRecord.of`] would refuse to run, with their old and new values, or a record
+    that is damaged or of another stage.
 
     It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet. Nor is a setting
     that the record lacks or the stage does not have: one that calls [`StageRecord.open`] may give them other names.
     """
     settings, free = _settings_of(stage, args, others)
-    old = read_record(settings["output_dir"])
-    if settings.get("overwrite") or old.get("stage") != stage.name or not {"inputs", "settings"} <= old.keys():
+    directory = Path(settings["output_dir"])
+    if settings.get("overwrite") or not (directory / RECORD_FILE).exists():
         return []
+    try:
+        old = _read(directory, stage.name, overwrite=False)
+    except UserError as error:
+        return list(error.args)
     new = hide_secrets(_plain(settings))
     declared = {item.name for kind in stage.arguments() for item in fields(kind)}
     before = old | {"settings": {key: value for key, value in old["settings"].items() if key in declared}}

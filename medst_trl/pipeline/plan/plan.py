@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, RepoFile
 
-from medst_trl.base.errors import UserError, located
+from medst_trl.base.errors import Problems, UserError, located
 from medst_trl.base.hub_ids import cached_repository, hub_answers, is_hub_id, split_revision
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.settings import settings_among
@@ -28,7 +28,7 @@ from medst_trl.training.settings import check_sharding
 from .memory import DEFAULT_LENGTH, GIB, training_memory
 from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
 from .steps import Hardware, RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
-from .validate import check_processor
+from .validate import check_inputs, check_processor
 
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
@@ -53,7 +53,7 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None)
     """
     recipe = read_recipe(source, [option for option in options if option.key != "throughput"])
     chosen, steps = recipe.steps(which, check=stage_arguments), recipe.steps(complete=False)
-    plan = _Plan(steps, _read_throughput(options, recipe.path, steps))
+    plan = _Plan(steps, [step.label for step in chosen], _read_throughput(options, recipe.path, steps))
     lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
         for step in chosen:
@@ -85,12 +85,15 @@ class _Plan:
     Args:
         steps (sequence of [`~medst_trl.pipeline.recipe.Step`]):
             All steps of the recipe.
+        chosen (sequence of `str`):
+            Labels of those that are planned.
         throughput (mapping):
             Examples per second, by stage or label; under None for every step that trains.
     """
 
-    def __init__(self, steps: Sequence[Step], throughput: Mapping[str | None, float]):
+    def __init__(self, steps: Sequence[Step], chosen: Sequence[str], throughput: Mapping[str | None, float]):
         self.steps = steps
+        self.chosen = chosen
         self.throughput = throughput
         self.downloaded: set[str] = set()
         self.shortages: list[str] = []
@@ -129,6 +132,10 @@ class _Plan:
         if step.replaces_results:
             yield "replaces", f"the results in {step.settings['output_dir']}"
         yield from (("note", note) for note in step.stage.ignored(arguments, step.given))
+        problems, place = Problems(), [other.label for other in self.steps].index(step.label)
+        with problems.collect():
+            check_inputs(step, self.steps[:place], self.steps[place:], self.chosen)
+        yield from (("problem", message.removeprefix(f"{step.where}: ")) for message in problems.messages)
         yield from _downloads(step, self.steps, self.downloaded)
         yield from _uploads(step, arguments)
 

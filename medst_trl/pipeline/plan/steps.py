@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from medst_trl.base.errors import UserError, located, number_of
+from medst_trl.base.errors import Problems, UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
 from medst_trl.data.loading import columns_and_rows, mix
 from medst_trl.hub import HubArguments, check_push
@@ -59,16 +59,20 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    with located(step.where):
+    problems = Problems()
+    with problems.collect(), located(step.where):
+        if step.stage.check is not None:
+            step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
+    with problems.collect(), located(step.where):
         if trains:
             from medst_trl.training.machine import check_schedule
 
             check_schedule(arguments[-1])
-        if step.stage.check is not None:
-            step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
-        for settings in arguments:
+    for settings in arguments:
+        with problems.collect(), located(step.where):
             if getattr(settings, "push_to_hub", False):
                 check_push(settings)
+    problems.report()
     return arguments
 
 

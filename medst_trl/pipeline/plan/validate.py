@@ -3,12 +3,12 @@
 """`medst recipes validate`: whether a recipe can run, checked without a GPU, the Hub or weights."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import Problems, UserError, located
-from medst_trl.base.hub_ids import is_hub_id
+from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.data.conform import check_missing
 from medst_trl.data.loading import columns_and_rows
@@ -60,7 +60,7 @@ def validate(recipe: Recipe, which: str | None = None) -> list[str]:
             if step.label not in chosen:
                 continue
             with problems.collect():
-                results = _inputs(step, steps[:number], steps[number:])
+                results = check_inputs(step, steps[:number], steps[number:], chosen)
                 check_processor(step)
                 if (arguments := chosen[step.label]) is not None:
                     results += [*_launch(step, arguments), *step.stage.ignored(arguments, step.given)]
@@ -87,8 +87,24 @@ def check_processor(step: Step) -> None:
                 load_processor(name, base, None, bool(trusts))
 
 
-def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:
-    """Where the inputs come from."""
+def check_inputs(step: Step, before: Sequence[Step], after: Sequence[Step], planned: Collection[str]) -> list[str]:
+    """
+    Check that the inputs of a step exist or can exist.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            The step.
+        before, after (sequence of [`~medst_trl.pipeline.recipe.Step`]):
+            The other steps of the recipe.
+        planned (collection of `str`):
+            Labels of the steps that will run. What others make must exist already, or is named as missing.
+
+    Returns:
+        `list[str]`: A line that says where the inputs come from, if there are any.
+
+    Raises:
+        UserError: for each input that is missing or of another kind.
+    """
     sources, problems, settings = [], Problems(), step.settings
     registries = step.stage.registries.items()
     chosen = [registry.get(settings[key]) for key, registry in registries if isinstance(settings.get(key), str)]
@@ -96,12 +112,15 @@ def _inputs(step: Step, before: list[Step], after: list[Step]) -> list[str]:
     for item in (*step.stage.inputs, *files):
         for value in item.names(step.settings) if item.kind != RUN else ():
             with problems.collect(), located(f"{step.where}: {item.key}"):
-                sources.append(_source(step, item, value, before, after))
+                source = _source(step, item, value, before, after)
+                others = {maker.label for maker in before}.difference(planned)
+                is_missing = source in others and not Path(value).exists()
+                sources.append(f"{source} (not on disk yet: run it first)" if is_missing else source)
     problems.report()
     return ["from " + ", ".join(dict.fromkeys(sources))] if sources else []
 
 
-def _source(step: Step, item: Input, value: str, before: list[Step], after: list[Step]) -> str:
+def _source(step: Step, item: Input, value: str, before: Sequence[Step], after: Sequence[Step]) -> str:
     """Where an input comes from: an earlier step, this machine or the Hub. Refuse one of another kind."""
     maker, output = maker_of(value, before)
     if maker is not None:
@@ -118,7 +137,7 @@ def _source(step: Step, item: Input, value: str, before: list[Step], after: list
         return value
     if (later := maker_of(value, after)[0]) is not None:
         raise UserError(f"{value} is made by {later.label}, which runs later.")
-    if item.kind == FILE or not is_hub_id(value) or Path(Path(value).parts[0]).is_dir():
+    if item.kind == FILE or not is_only_on_hub(value):
         raise UserError(f"{value} does not exist, and no section before {step.label} makes it.")
     return f"{value} (Hub)"
 

@@ -168,7 +168,8 @@ def test_a_model_that_is_on_another_machine_is_reported(recipe, capsys):
 
 def test_finished_stages_have_no_rows(recipe, tmp_path, capsys):
     (tmp_path / "out" / "sft").mkdir(parents=True)
-    (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps({"status": "complete"}))
+    record = {"stage": "sft", "status": "complete", "versions": {}, "inputs": {}, "settings": {}}
+    (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps(record))
     found = plan(capsys, recipe)
     assert "already finished" in found["sft"][""][0] and len(found["sft"]) == 1
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
@@ -189,6 +190,23 @@ def test_stages_whose_settings_have_changed_would_be_refused(recipe, capsys):
     # The inputs are compared when the stage runs. A batch of the same size may be divided in another way.
     words += ["--sft.dataset", "some-org/others", "--sft.per_device_train_batch_size", "4"]
     assert "already finished" in plan(capsys, *words)["sft"][""][0]
+
+
+@pytest.mark.parametrize("content, message", [("{", "is damaged"), ({"stage": "dpo"}, "the output of stage 'dpo'")])
+def test_a_directory_that_the_stage_would_refuse_is_named(recipe, tmp_path, capsys, content, message):
+    record = {"stage": "sft", "status": "complete", "versions": {}, "inputs": {}, "settings": {}}
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    text = content if isinstance(content, str) else json.dumps(record | content)
+    (tmp_path / "out" / "sft" / "stage.json").write_text(text)
+    (line,) = plan(capsys, recipe)["sft"][""]
+    assert line.startswith("sft: would be refused: ") and message in line
+
+
+def test_inputs_that_a_stage_would_refuse_are_named(recipe, capsys):
+    words = ["--sft.dataset", "data/none.json", "--judge.benchmarks", "/none"]
+    found = plan(capsys, recipe, *words)
+    assert found["sft"]["problem"] == ["dataset: data/none.json does not exist, and no section before sft makes it."]
+    assert "/none does not exist" in found["judge"]["problem"][0] and "problem" not in found["dpo"]
 
 
 @pytest.mark.parametrize("name", ["demo", "vqa_rad_tiny", pytest.param("phantom_study", marks=pytest.mark.slow)])

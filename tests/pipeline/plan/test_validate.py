@@ -150,6 +150,8 @@ def test_all_mistakes_in_settings_are_reported_in_one_go(check):
         "generate: temperature is 0.0. It must be at least 0.01.",
         "generate: top_p is 2.0. It must be at least 0.01 and at most 1.",
     ]
+    code, out = check("--sft.lr_scheduler_type", "cosine_with_min_lr", "--sft.max_length", "-5")
+    assert "section sft: max_length is -5" in out and "section sft: lr_scheduler_type cosine_with_min_lr" in out
     server = ["--generate.engine", "server", "--generate.base_url", "localhost:8000/v1"]
     assert "section generate: base_url must start with http:// or https://" in check(*server)[1]
 
@@ -242,7 +244,7 @@ def test_validation_needs_neither_the_hub_nor_weights(check, monkeypatch):
 def test_one_stage_can_be_validated(check):
     code, out = check("--stage", "sft")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["sft", "mine.yaml"]
-    assert "from org/model (Hub), prepare" in out  # `prepare` is not checked, but provides the input
+    assert "from org/model (Hub), prepare (not on disk yet: run it first)" in out
     assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
     assert "no section 'merge'" in check("--stage", "merge")[1]
 
