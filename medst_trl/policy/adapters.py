@@ -309,13 +309,9 @@ def _unused(model: PeftModel, stored: Collection[str]) -> list[str]:
 
 def _problems(error: Exception) -> list[str]:
     """What an error of PEFT says, in at least one line."""
-    text = str(error)
-    if isinstance(error, KeyError):
-        return [f"it lacks {error.args[0]}"]
-    lacking = re.findall(r"'([^']+)'", text.partition("Found missing adapter keys while loading the checkpoint: ")[2])
-    mismatches = [" ".join(line.split()) for line in re.findall(r"size mismatch for .*", text)]
-    found = [f"it lacks {key}" for key in lacking] or mismatches or text.splitlines()[:1]
-    return found or [type(error).__name__]
+    text = str(error) or type(error).__name__
+    lacking = [f"it lacks {key}" for key in re.findall(r"'(base_model\.[^']+)'", text)]
+    return lacking or re.findall("size mismatch for .*", text) or text.splitlines()[:1]
 
 
 # --- Fingerprint of the base -----------------------------------------------------------------------------------------

@@ -252,7 +252,8 @@ def check_difference(difference: float, tolerance: float, how: str) -> None:
     if not difference <= tolerance:  # NaN is no agreement
         raise UserError(
             f"The merged model ({how}) does not agree with the adapter: log-probabilities differ by up to "
-            f"{difference:.2g}, more than {tolerance:.2g}. Nothing was written. Try --dtype float32, and report it."
+            f"{difference:.2g}, more than {tolerance:.2g}. Nothing was written. PEFT cannot merge LoRA on tied "
+            "embeddings. For any other adapter, try --dtype float32, and report it."
         )
 
 

@@ -99,6 +99,16 @@ def test_an_adapter_with_other_rows_writes_the_same(tmp_path, family, case):
     }
 
 
+@pytest.mark.parametrize("layers", ["embed_tokens", "lm_head", "(embed_tokens|lm_head)"])
+def test_lora_on_tied_embeddings_is_not_merged_wrongly(tmp_path, layers):
+    """PEFT adds the product to one of the two layers, or twice to their shared weight."""
+    save_adapter(tmp_path, modules=None, targets=rf".*(language_model.*q_proj|{layers})$", tie_word_embeddings=True)
+    data = tiny_run.write_instruct(tmp_path / "data", range(4))
+    with pytest.raises(UserError, match="does not agree with the adapter: .* cannot merge LoRA on tied embeddings"):
+        run(merge, tmp_path / "merged", model_name_or_path=tmp_path / "adapter", dataset=data)
+    assert not list((tmp_path / "merged").glob("*.safetensors"))
+
+
 def test_an_adapter_without_rows_of_known_tokens_is_refused(tmp_path):
     save_adapter(tmp_path)
     weights = load_file(tmp_path / "adapter" / WEIGHTS)

@@ -12,7 +12,7 @@ for each of these (AdamW: two float32, 8; in 8 bit: 2), `b` bytes of an element 
     ZeRO-2            b F              b T       b T / n        (4 + s) T / n    a bucket of 5e8 elements
     ZeRO-3            b F / n          b T / n   b T / n        (4 + s) T / n    the bucket, and weights gathered for
                                                                                  use, 1e9 elements at most
-    FSDP2             w F / n          4 T / n   4 T / n        s T / n          two layers, and what is in no layer
+    FSDP2             w F / n          4 T / n   4 T / n        s T / n          the gathered weights, too
 
 What trains is kept in float32 except under DeepSpeed, which casts the whole model to `b` bytes and keeps float32
 copies of what trains in its optimizer. If every weight trains, it is kept in its own `dtype`: with two bytes, the 4
@@ -29,7 +29,7 @@ layer, 4,096 tokens by 32,768 entries of the vocabulary, instead of all logits.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ from .steps import Hardware
 
 GIB = 2**30
 BUCKET = 5e8  # elements; DeepSpeed's reduce_bucket_size, allocated whole
-MAX_GATHERED = 1e9  # elements; its stage3_max_live_parameters
+MAX_GATHERED = 1e9  # elements; its stage3_max_live_parameters, and more than FSDP2 gathers of a 7B model
 CONTEXT = 0.6 * GIB  # CUDA's context, kernels and cuBLAS workspaces
 NCCL = 0.4 * GIB  # buffers between GPUs
 SECOND_ANSWER = 256  # tokens of a pair's other answer, if its prompt is shared
@@ -99,7 +99,8 @@ def training_memory(
     frozen = frozen_bytes(policy, precision.stream, args.load_in_4bit)
     element = 4 if policy.is_adapter else precision.stream
     parts = state_bytes(trained, frozen, hardware, precision.compute, optimizer_bytes(training.optim), element)
-    parts["gathered weights"] = _gathered_elements(policy, hardware) * precision.compute
+    if hardware.shards_weights:
+        parts["gathered weights"] = min(policy.model.num_parameters(), MAX_GATHERED) * precision.compute
     parts["reference"] = _reference(policy, training, frozen, hardware, precision.stream)
     parts["activations"] = activation_bytes(policy, sequences, tokens, precision, checkpointing)
     if precision.autocast and not checkpointing:
@@ -185,20 +186,6 @@ def _reference(policy: Policy, training: Any, frozen: float, hardware: Hardware,
     else:
         size = frozen + policy.model.num_parameters(only_trainable=True) * element
     return size / (hardware.processes if hardware.shards_weights else 1)
-
-
-def _gathered_elements(policy: Policy, hardware: Hardware) -> float:
-    """Sharded weights that are whole at the same time: for FSDP2 two layers and everything outside of layers."""
-    if not hardware.shards_weights:
-        return 0
-    if hardware.is_deepspeed:
-        return min(policy.model.num_parameters(), MAX_GATHERED)
-    layers = Counter()
-    for name, parameter in policy.model.named_parameters():
-        match = re.search(r"^(.*?\.\d+)\.", name)
-        layers[match[1] if match else None] += parameter.numel()
-    outside = layers.pop(None, 0)
-    return 2 * max(layers.values(), default=0) + outside
 
 
 # Activations
