@@ -174,8 +174,8 @@ def _image_file(directory: Path, name: str) -> dict[str, Any]:
     from .images import resolve_inside
 
     path = resolve_inside(directory, name)
-    if not path.is_file():
-        raise ImageProblem("not_a_file" if path.exists() else "missing", name)
+    if path.exists() and not path.is_file():  # the stages reject a missing one
+        raise ImageProblem("not_a_file", name)
     return {"bytes": None, "path": str(path)}
 
 

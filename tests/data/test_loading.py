@@ -173,16 +173,16 @@ def test_images_of_json_lines_must_be_inside_its_directory(tmp_path, capsys):
     (directory / "link.png").symlink_to(tmp_path / "secret.png")
     talk = {"messages": [{"role": "user", "content": "Normal?"}, {"role": "assistant", "content": "Yes."}]}
     outside = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
-    good = [talk | {"image": name} for name in ("a.png", str(directory / "a.png"))]
-    bad = [talk | {"image": name} for name in (*outside, "pipe.png", "\0", 7, "missing.png")]
+    good = [talk | {"image": name} for name in ("a.png", str(directory / "a.png"), "missing.png")]
+    bad = [talk | {"image": name} for name in (*outside, "pipe.png", "\0", 7)]
     path = write_lines(directory / "train.jsonl", [*bad, *good])
     with open(path, "a") as file:
         file.write('{"image": "a.png", "messages": [{"role": \n')
     dataset = load_records(directory, "train", "instruct", identify=False)
     paths = [Path(row["images"][0]["path"]).name for row in with_stored_images(dataset)]
-    assert paths == ["a.png", "a.png"] and dataset["id"][:] == ["7", "8"]
+    assert paths == ["a.png", "a.png", "missing.png"] and dataset["id"][:] == ["6", "7", "8"]
     said = capsys.readouterr().out
-    assert f"{path}: 8 of 10 rows cannot be used" in said and "record 0: outside_image_folder" in said
+    assert f"{path}: 7 of 10 rows cannot be used" in said and "record 0: outside_image_folder" in said
     with pytest.raises(UserError, match="none of its 3 rows can be used.*outside_image_folder"):
         load_records(write_lines(directory / "bad.jsonl", bad[:3]), "train", "instruct")
 
@@ -237,6 +237,14 @@ def test_a_split_in_several_forms_is_refused(tmp_path, scan):
         made("instruct", scan).to_parquet(tmp_path / "own" / f"{name}.parquet")
     with pytest.raises(UserError, match="split 'train' in several forms: train-00000-of-00001.parquet and train_ext"):
         load_records(tmp_path / "own", "train", "instruct")
+
+
+def test_a_question_about_a_missing_image_does_not_end_an_evaluation(tmp_path, capsys):
+    SCAN.save(tmp_path / "a.png")
+    rows = [{"image": f"{name}.png", "question": "What?", "answer": "yes", "id": name} for name in "ba"]
+    found = load_records(write_lines(tmp_path / "own.jsonl", rows), "test", "benchmark")
+    assert [question["id"] for row in found["questions"] for question in row] == ["a"]
+    assert "1 of 2 rows cannot be used. The first: row 0: its image cannot be decoded" in capsys.readouterr().out
 
 
 def test_only_what_looks_like_a_hub_id_is_asked_for_on_the_hub(tmp_path, monkeypatch):
