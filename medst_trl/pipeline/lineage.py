@@ -9,10 +9,12 @@ about them. So a published model can be checked against a benchmark without its 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_jsonl, read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
@@ -230,7 +232,12 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
         raise LookupError("the record of its training is not on this machine")
     if place is None:
         raise LookupError("the dataset is not on this machine")
-    return place, [load_records(place, split) for split in source["splits"]]
+    split, *for_evaluation = source["splits"]
+    datasets = [load_records(place, split)]
+    for split in for_evaluation:
+        with suppress(UserError):  # it is another of several datasets that was evaluated on
+            datasets.append(load_records(place, split))
+    return place, datasets
 
 
 # What a benchmark shares with it

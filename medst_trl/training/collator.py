@@ -122,7 +122,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         for example in examples:
             try:
                 decoded = with_decoded_images(example)
-                _ = [check_image(image) for image in decoded["images"]]
+                for image in decoded["images"]:
+                    check_image(image)
             except UnreadableImage as error:
                 rejected[id_of(example)] = error.reason
             else:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError, closest
-from medst_trl.base.settings import make_lists
+from medst_trl.base.settings import check_choice, make_lists
 from medst_trl.data.conform import conform, missing_columns
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
@@ -31,6 +31,7 @@ from .upstream import complete_reference_adapter, fused_outputs, keep_requires_g
 
 logger = get_logger(__name__)
 
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
 DISPLACEMENT_PATIENCE = 3  # logs in a row, so that one unlucky batch does not count
 
@@ -55,6 +56,7 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
         if strategy not in known:
             hint = closest(str(strategy), known)
             raise ValueError(f"Unknown train_sampling_strategy {strategy!r}.{hint} Choose one of {', '.join(known)}.")
+        check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)  # as TRL does in the first step
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")
         if self.precompute_ref_log_probs and self.sync_ref_model:

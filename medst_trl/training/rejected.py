@@ -82,7 +82,7 @@ def usable_examples(
     Raises:
         UserError: if none is left.
     """
-    kept, lengths, reasons, problems, truncated, is_stream = [], [], {}, [], 0, not has_length(dataset)
+    lengths, reasons, problem, truncated, is_stream = {}, {}, None, 0, not has_length(dataset)
     rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream else None)
     for place, example in enumerate(rows):
         try:
@@ -90,25 +90,24 @@ def usable_examples(
             length, is_truncated = check(with_images(example, sizes))
         except (BadRecord, UnreadableImage) as error:
             reasons[str(example.get("id") or place)] = error.reason
-            problems += filter(None, [getattr(error, "value", None)])
+            problem = problem or getattr(error, "value", None)
             continue
-        kept.append(place)
-        lengths.append(length)
+        lengths[place] = length
         truncated += is_truncated
         if is_stream:
             return UsableExamples(dataset, {}, 0, [])
-    _report(name, len(kept), Counter(reasons.values()), max_length, problems)
+    _report(name, len(lengths), Counter(reasons.values()), max_length, problem)
     if reasons:
-        dataset = dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
-    return UsableExamples(dataset, reasons, truncated, lengths)
+        dataset = dataset.select(lengths) if hasattr(dataset, "select") else Subset(dataset, list(lengths))
+    return UsableExamples(dataset, reasons, truncated, list(lengths.values()))
 
 
-def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problems: list[str]) -> None:
+def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problem: str | None) -> None:
     """Refuse a dataset without a usable example, and warn if many are rejected."""
     total = kept + counts.total()
     found = [f"{counts[key]} {key} ({text})" for key, text in REJECTION_REASONS.items() if counts[key]]
-    why = " ".join([f"{', '.join(found) or 'it is empty'}.".format(max_length=max_length), *problems[:1]])
-    why += " Raise max_length." if counts["too_long"] else ""
+    why = f"{', '.join(found) or 'it is empty'}.".format(max_length=max_length)
+    why += (f" {problem}" if problem else "") + (" Raise max_length." if counts["too_long"] else "")
     if not kept:
         raise UserError(f"No example of the {name} dataset can be used: {why}")
     if counts.total() > WARN_ABOVE * total and rank() == 0:

@@ -92,6 +92,12 @@ def test_validation_data_counts_only_if_the_training_used_it(run):
     assert not ids(25, 26) & training_images(str(run / "last"))[0]
 
 
+def test_one_of_several_datasets_needs_a_validation_split(run):
+    settings, datasets = {"eval_strategy": "steps"}, [run / "a", run / "c"]
+    write_stage(run / "both", "sft", settings, model_name_or_path=run / "base", dataset=datasets)
+    assert training_images(str(run / "both")) == (ids(0, 1, 2, 20, 21, 22, 25, 26), True)
+
+
 def test_a_checkpoint_has_the_images_of_its_run(run):
     (run / "last" / "checkpoint-2").mkdir()
     assert training_images(str(run / "last" / "checkpoint-2")) == training_images(str(run / "last"))

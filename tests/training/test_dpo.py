@@ -184,6 +184,7 @@ def test_losses_of_trl_and_their_sums_can_be_trained(tmp_path, loss_type):
         ({"loss_type": ["nonsense"]}, "nonsense"),
         ({"train_sampling_strategy": "group_by_lenght"}, "Did you mean 'group_by_length'"),
         ({"train_sampling_strategy": "batch_rebalance"}, "column of lengths"),
+        ({"f_divergence_type": "reverse_k"}, "Did you mean 'reverse_kl'"),
     ],
 )
 def test_invalid_settings_are_refused_before_a_model_is_loaded(tmp_path, settings, message):

@@ -130,7 +130,10 @@ def parts(text: str, images: int = 0) -> list[dict]:
     return [{"type": "image", "text": None}] * images + tiny_run.text(text)
 
 
-@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl", "gemma-3", "idefics3", "llama-3.2-vision", "internvl"])
+@pytest.mark.parametrize(
+    "family",
+    ["vicuna", "qwen2.5-vl", "gemma-3", "idefics3", "llama-3.2-vision", "internvl", "smolvlm", "vuser-text-role"],
+)
 @settings(max_examples=25, deadline=None)
 @given(
     turns=st.integers(1, 4), images=st.lists(st.integers(0, 1), min_size=4, max_size=4), asked=st.booleans(),

@@ -332,7 +332,7 @@ def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "di
             eval_dataset=datasets.get("eval"),
         )
     except (ValueError, NotImplementedError, ImportError) as error:  # settings that TRL and transformers refuse
-        raise UserError(f"These settings cannot be trained with: {error}") from error
+        raise UserError(f"Cannot train with these settings: {error}") from error
 
 
 def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "dict[str, Dataset]":
@@ -340,13 +340,13 @@ def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "di
     parts = _load(args.dataset, args.train_split, kind)
     datasets = {"train": mix(parts, args.dataset_weights, args.oversample, training_args.seed)}
     if training_args.eval_strategy != "no":
-        datasets["eval"] = mix(_load(args.dataset, args.validation_split, kind, all_have_it=False))
+        datasets["eval"] = mix(_load(args.dataset, args.validation_split, kind, is_required=False))
     if args.max_records is not None:
         datasets["train"] = datasets["train"].select(range(min(args.max_records, len(datasets["train"]))))
     return datasets
 
 
-def _load(names: Sequence[str], split: str, kind: str, all_have_it: bool = True) -> "list[Dataset]":
+def _load(names: Sequence[str], split: str, kind: str, is_required: bool = True) -> "list[Dataset]":
     """
     One split of one or several datasets, with the same columns. An id that an earlier dataset has taken gets the
     number of its dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
@@ -355,7 +355,7 @@ def _load(names: Sequence[str], split: str, kind: str, all_have_it: bool = True)
     for name in names:
         with problems.collect():
             datasets.append(load_records(name, split, kind, identify=False))
-    if all_have_it or not datasets:
+    if is_required or not datasets:
         problems.report()
     elif problems.messages and rank() == 0:
         print("Not evaluated on all datasets:", *problems.messages, sep="\n  ")

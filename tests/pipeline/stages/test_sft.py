@@ -187,7 +187,7 @@ def test_only_the_best_checkpoints_are_saved_by_an_accuracy(inputs, tmp_path):
 
 
 def test_settings_that_trl_refuses_are_reported_without_a_traceback(inputs, tmp_path):
-    with pytest.raises(UserError, match="cannot be trained with: .*bogus"):
+    with pytest.raises(UserError, match="Cannot train with these settings: .*bogus"):
         _run(inputs, tmp_path / "sft", eos_token="bogus")
 
 
