@@ -7,6 +7,7 @@ A model carries these images as `training_images.json`: their ids, which are has
 about them. So a published model can be checked against a benchmark without its training data.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
@@ -50,7 +51,7 @@ def possible_places(path: str, near: Path) -> list[Path]:
     """
     roots, parts = (near, *near.absolute().parents[:3]), Path(path).parts  # round_1/judge/preferences ... sft
     places = [Path(path), *(root / Path(*parts[-n:]) for root in roots for n in (3, 2, 1))]
-    return [place for place in places if place.exists()]
+    return [place for place in places if os.path.exists(place)]  # not `Path.exists`: it raises for other users' paths
 
 
 def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
@@ -61,8 +62,11 @@ def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
     if "hub_id" in source:
         place = cached_repository(source["hub_id"], "dataset") / "snapshots" / str(source.get("revision"))
         return place if place.exists() else None
-    places = possible_places(source["path"], near)
-    return next((place for place in places if same_source(source, fingerprint_dataset(place))), None)
+    for place in possible_places(source["path"], near):
+        with suppress(OSError, UserError):  # it cannot be read
+            if same_source(source, fingerprint_dataset(place)):
+                return place
+    return None
 
 
 def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str, Any]]:

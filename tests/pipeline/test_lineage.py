@@ -191,6 +191,16 @@ def test_a_base_model_that_has_changed_is_unknown(run):
     assert not training_images(run / "last")[1]
 
 
+def test_data_that_may_not_be_read_is_not_on_this_machine(run, monkeypatch):
+    """Root may read everything, so the error is made."""
+
+    def refused(place):
+        raise PermissionError(place)
+
+    monkeypatch.setattr("medst_trl.pipeline.lineage.fingerprint_dataset", refused)
+    assert training_images(run / "last") == (set(), False)
+
+
 def test_a_circle_of_records_ends(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     second.mkdir()
