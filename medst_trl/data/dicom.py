@@ -33,26 +33,22 @@ def open_dicom(data: bytes, settings: ImageSettings) -> Frames:
     Open a DICOM file.
 
     Raises:
-        ImageProblem: `not_an_image` (no pixels, or not a DICOM file), `too_large`, `burned_in_annotation`,
-            `unsupported` (a size below 1); when a frame is read, `truncated`, `bad_window`, `unsupported` (a
-            compression without a decoder, an unknown color space).
+        ImageProblem: `not_an_image` (no pixels, or not a DICOM file), `too_large`, `burned_in_annotation`; when a
+            frame is read, `truncated`, `bad_window`, `unsupported` (a compression without a decoder, an unknown color
+            space).
         ImportError: if pydicom is not installed.
     """
     import pydicom
 
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True)
-        pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-        if "Rows" not in header or not any(name in header for name in pixels):
-            raise ImageProblem("not_an_image", "not a DICOM file with pixels")
-        width, height, count = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
-        is_marked = _text(header, "BurnedInAnnotation").upper() == "YES"
-    except ImageProblem:
-        raise
+        width, height = int(header.get("Columns") or 0), int(header.get("Rows") or 0)
+        count, is_marked = int(header.get("NumberOfFrames") or 1), _text(header, "BurnedInAnnotation").upper() == "YES"
     except Exception as error:  # the message of pydicom may quote the header
         raise ImageProblem("not_an_image", type(error).__name__) from None
-    if min(width, height, count) < 1:
-        raise ImageProblem("unsupported", f"{count} frames of {width} x {height} pixels")
+    pixels = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+    if min(width, height, count) < 1 or not any(name in header for name in pixels):
+        raise ImageProblem("not_an_image", "not a DICOM file with pixels")
     check_pixels(width, height, settings.max_pixels)
     if is_marked and not settings.accept_burned_in:
         raise ImageProblem("burned_in_annotation", "text in the picture; --accept_burned_in true accepts it")

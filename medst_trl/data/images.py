@@ -12,9 +12,7 @@ import hashlib
 import io
 import os
 import re
-import stat
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,7 +37,7 @@ from .source import ImageReader
 
 
 _FRAME = re.compile(r"#(\d{1,9})$")
-_USUAL, _ANY_SIZE = ImageSettings(), ImageSettings(max_pixels=sys.maxsize)
+_USUAL, _ANY_SIZE = ImageSettings(), ImageSettings(max_pixels=1 << 62)
 BAND_BYTES = 1 << 22  # a large image is hashed in bands, so that it is not in memory twice
 
 # Formats that PIL reads by starting another program (EPS) or only identifies (the stubs and vector formats).
@@ -184,13 +182,13 @@ def _store(frame: Frame, groups: dict[str, str], identify: bool) -> StoredImage:
 
 def _bytes_of(path: Path, max_bytes: int) -> bytes:
     with image_problem("unreadable"), image_problem("missing", (FileNotFoundError, NotADirectoryError)):
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # before opening: a named pipe would wait forever
+        size = path.stat().st_size
+        if not path.is_file():  # before opening: a named pipe would wait forever
             raise ImageProblem("not_a_file")
-        if status.st_size == 0:
+        if size == 0:
             raise ImageProblem("empty", "zero bytes")
-        if status.st_size > max_bytes:
-            raise ImageProblem("too_large", f"{status.st_size} bytes")
+        if size > max_bytes:
+            raise ImageProblem("too_large", f"{size} bytes")
         return path.read_bytes()
 
 
