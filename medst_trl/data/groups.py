@@ -21,10 +21,12 @@ from pathlib import Path, PurePosixPath
 
 from medst_trl.base.errors import UserError
 
+from .cells import column_name
+
 
 GROUP_LEVELS = ("patient", "study", "directory")
 DISJOINT = ("none", "image", "group")
-NEAR_COPY_BITS = 10  # see `near_copies.py`
+NEAR_COPY_BITS, MOST_BITS = 10, 64  # of `near_copy_bits`, see `near_copies.py`: default, and above it all are alike
 SALT_VARIABLE = "MEDST_GROUP_SALT"
 GROUP_ID = re.compile("[0-9a-f]{6}-[0-9a-f]{20}")  # see `group_id`
 _SALT_BYTES = 32
@@ -37,15 +39,17 @@ class GroupIds:
     The salt is read, and created if it is missing, when the first id is made.
 
     Args:
-        salt_file (`str` or `os.PathLike`, *optional*):
+        salt_file (`str` or `Path`, *optional*):
             File of the salt. Defaults to the one that `MEDST_GROUP_SALT` names, otherwise to one of the user.
         group_by (`str`, *optional*, defaults to `"patient"`):
             What makes a group of images: `"patient"` or `"study"` in DICOM headers, or `"directory"`; with
             `"directory:1"` its first level, and so on.
+        kind (`str`, *optional*):
+            What the groups are, such as the column that names them. Defaults to `group_by`.
     """
 
-    def __init__(self, salt_file: str | os.PathLike | None = None, group_by: str = "patient"):
-        self.salt_file = salt_file
+    def __init__(self, salt_file: str | Path | None = None, group_by: str = "patient", kind: str | None = None):
+        self.salt_file, self.kind = salt_file, column_name(kind or group_by)
         self.level, _, self.depth = group_by.partition(":")
 
     @cached_property
@@ -55,7 +59,7 @@ class GroupIds:
 
     def of_key(self, key: str | None) -> str | None:
         """Return the group id of a patient, study or directory; None for None."""
-        return None if key is None else group_id(self.salt, key)
+        return None if key is None else group_id(self.salt, key, self.kind)
 
     def of_image(self, name: str, header: Mapping[str, str]) -> str | None:
         """
@@ -71,18 +75,27 @@ class GroupIds:
         return self.of_key("/".join(parents) or header.get("series"))
 
 
-def group_id(salt: bytes, key: str) -> str:
+def group_id(salt: bytes, key: str, kind: str = "") -> str:
     """
-    Return the group id of a patient, study or directory: 6 hexadecimal digits that identify the salt, a dash, and 20
-    of the HMAC-SHA256 of the key. Ids of different salts cannot be compared, see [`salt_of`].
+    Return the group id of a patient, study or directory: 6 hexadecimal digits that identify the salt and the kind of
+    groups, a dash, and 20 digits of the HMAC-SHA256 of the key.
     """
-    check = hashlib.sha256(b"check" + salt).hexdigest()[:6]
+    check = hashlib.sha256(b"check" + salt + kind.encode(errors="surrogatepass")).hexdigest()[:6]
     return f"{check}-{hmac.new(salt, key.strip().encode(errors='surrogatepass'), hashlib.sha256).hexdigest()[:20]}"
 
 
 def salt_of(group: str) -> str:
-    """Return the digits of a group id that identify its salt."""
+    """
+    Return the digits of a group id that identify its salt and kind. Only groups with the same digits can be compared.
+    Ids of your own without a dash have an empty one.
+    """
     return group.rpartition("-")[0]
+
+
+def salt_path(path: str | os.PathLike | None = None) -> Path:
+    """Return the path of the salt: the given one, or else the default. See [`GroupIds`]."""
+    data_home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt")).expanduser()
 
 
 def read_salt(path: str | os.PathLike | None = None) -> bytes:
@@ -90,17 +103,18 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
     Read the salt of group ids. A missing file is created with random bytes, readable by the user only.
 
     Raises:
-        UserError: if the file cannot be read or created, or is too short for a salt.
+        UserError: if the file cannot be read or created, is not a regular file, or is too short for a salt.
     """
-    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    path = Path(path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt"))
+    path = salt_path(path)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # another process of the same launch has written it
+            with suppress(FileExistsError):  # another process was faster
                 with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                     file.write(secrets.token_bytes(_SALT_BYTES))
-                print(f"Group ids are hashed with the new salt {path}. Keep it private and use it for all datasets.")
+                print(f"Group ids are hashed with the new salt {path}. Keep it private, and use it for all datasets.")
+        if not path.is_file():
+            raise UserError(f"group_salt is not a regular file: {path}. Set --group_salt to a file of your own.")
         salt = path.read_bytes()
     except OSError as error:
         raise UserError(f"group_salt {path}: {error.strerror}. Set --group_salt to a file of your own.") from None
@@ -108,6 +122,8 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
         raise UserError(
             f"group_salt {path} has {len(salt)} bytes, too few for a salt. Name a file that does not exist."
         )
+    if path.stat().st_mode & 0o077:
+        print(f"WARNING: other users have access to the salt {path}. Run `chmod 600 {path}`.")
     return salt
 
 

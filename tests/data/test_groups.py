@@ -4,6 +4,7 @@
 
 import hashlib
 import hmac
+import os
 import stat
 
 import pytest
@@ -14,13 +15,18 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.groups import GroupIds, Grouping, group_id, read_salt, salt_of
 
 
-def test_an_id_is_a_keyed_hash_behind_the_digits_of_its_salt():
+def test_an_id_is_a_keyed_hash_behind_the_digits_of_its_salt(tmp_path):
     salt = bytes(range(32))
     digest = hmac.new(salt, b"P-17", hashlib.sha256).hexdigest()
     assert group_id(salt, " P-17 ") == f"{hashlib.sha256(b'check' + salt).hexdigest()[:6]}-{digest[:20]}"
     other = group_id(bytes(32), "P-17")
     assert salt_of(other) != salt_of(group_id(salt, "P-17")) == salt_of(group_id(salt, "P-18"))
     assert other.rpartition("-")[2] != digest[:20]
+    # Patients and studies have other digits: they cannot be compared.
+    kinds = [GroupIds(tmp_path / "salt", *kind) for kind in (("patient",), ("study",), ("patient", "Patient ID"))]
+    assert len({salt_of(ids.of_key("")) for ids in kinds}) == 3
+    assert len({ids.of_key("P-17").rpartition("-")[2] for ids in kinds}) == 1
+    assert GroupIds(tmp_path / "salt", "study", "patient_id").of_key("P") == kinds[2].of_key("P")
 
 
 @given(st.text(), st.text())
@@ -53,6 +59,19 @@ def test_a_salt_that_cannot_be_used_is_refused(tmp_path):
         read_salt(tmp_path / "short" / "salt")
     with pytest.raises(UserError, match="--group_salt"):
         read_salt(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_salt(other)
+
+
+def test_a_salt_that_others_can_read_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read_salt("~/salt")
+    assert "WARNING" not in capsys.readouterr().out
+    (tmp_path / "salt").chmod(0o644)
+    read_salt("~/salt")
+    assert f"chmod 600 {tmp_path}/salt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

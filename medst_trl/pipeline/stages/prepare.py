@@ -14,11 +14,11 @@ Output in `output_dir`, depending on what the source contains:
   benchmark/test-*.parquet               columns image_id, image, questions, group_id; one row per image
   images/train-*.parquet                 unlabeled images; columns as in instruct, with empty messages
   rejected.jsonl                         id, reason and value of every rejected record
-  image_index.jsonl                      image_id of every file (the datasets themselves contain no file names)
+  image_index.jsonl                      image_id, near hash and group_id of every file (private: it has file names)
 
-The images of a patient belong in one split. `--group_column patient_id` names the column of a table that says so,
-DICOM files say it themselves, and `--group_by directory` takes the directories of the images. `--disjoint group` then
-drops training data of groups that are also in the test or validation set.
+Keep the images of a patient in one split: `--group_column patient_id` names a column of your table, DICOM files
+contain the patient, and `--group_by directory` uses the directories of the images. `--disjoint group` then drops
+training data of groups that are also in the test or validation set.
 """
 
 import re
@@ -36,7 +36,7 @@ from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, check_choice, documented, settings_among
 from medst_trl.data.assemble import assemble
-from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, NEAR_COPY_BITS, GroupIds
+from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, MOST_BITS, NEAR_COPY_BITS, GroupIds, salt_of, salt_path
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import (
@@ -73,8 +73,8 @@ class PrepareArguments:
         validation_fraction (`float`, *optional*, defaults to `0.0`):
             Fraction of the training images to use for validation. All records of an image or group are in one split.
         disjoint (`str`, *optional*):
-            What to keep out of the training set: none; image (images that are also in the test or validation set, and
-            near copies of them); or group (also other images of their groups). Default: none.
+            What to keep out of the training set: image (images that are also in the test or validation set, and near
+            copies of them), group (also other images of their groups), or none. Default: none.
         image_disjoint (`bool`, *optional*, defaults to `False`):
             The same as --disjoint image.
         group_column (`str`, *optional*):
@@ -142,8 +142,11 @@ def main(args: PrepareArguments, *others: Any) -> None:
     images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
     read = cache(lambda: _read(args, source, request, images))
-    shared = replace(args, group_salt=args.group_salt and Path(args.group_salt).name)  # reveals no path
-    record = StageRecord.of(STAGE, shared, *others, inputs=_inputs(source, request, images, read))
+    groups = GroupIds(args.group_salt, args.group_by or "patient", args.group_column)
+    inputs = _inputs(source, request, images, read)
+    if args.group_column or args.group_by:  # otherwise DICOM files may have groups; their index is compared
+        inputs["group_salt"] = {"path": "group_salt", "sha256": salt_of(groups.of_key(""))}
+    record = StageRecord.of(STAGE, replace(args, group_salt=None), *others, inputs=inputs)
     if record.decision == "skip":
         return
     output_dir = Path(args.output_dir)
@@ -156,21 +159,20 @@ def main(args: PrepareArguments, *others: Any) -> None:
         if isinstance(reader, FolderImages):
             reader.check(records.image_names)
             records = choose_frames(records, reader, num_workers).first(args.max_records)
-        groups = GroupIds(args.group_salt, args.group_by or "patient")
         index = index_images(records.image_names, reader, output_dir / INDEX_FILE, num_workers, groups)
         selection = {name: getattr(args, name) for name in ("validation_fraction", "near_copy_bits", "seed")}
         selection["disjoint"] = args.disjoint or ("image" if args.image_disjoint else "none")
         rows, rejected, counts = assemble(records, index, groups=groups, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
-            if not counts["rejected"]:
+            if not rejected:
                 where = f" in {request.data_path}" if request.data_path else ""
                 raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
             first = next(item.as_row() for item in rejected if item.reason == next(iter(counts["rejected"])))
             raise UserError(
                 f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}, for "
-                f"example {first['value']!r}. Correct the data or the settings (see {output_dir / 'rejected.jsonl'}), "
-                "and add --overwrite."
+                f"example {first['value'] or first['id']!r}. Correct the data or the settings (see "
+                f"{output_dir / 'rejected.jsonl'}), and add --overwrite."
             )
         _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
@@ -185,20 +187,13 @@ def check(args: PrepareArguments, *others: Any) -> None:
         UserError: for an invalid value, or a source without the path that it needs.
     """
     source = SOURCES.get(args.source)
-    check_bounds(
-        args,
-        at_least={
-            "validation_fraction": 0,
-            "max_records": 1,
-            "rows_per_shard": 1,
-            "num_workers": 0,
-            "near_copy_bits": 0,
-        },
-        below={"validation_fraction": 1, "near_copy_bits": 256},
-    )
+    at_least = {"validation_fraction": 0, "max_records": 1, "rows_per_shard": 1, "num_workers": 0, "near_copy_bits": 0}
+    check_bounds(args, at_least=at_least, below={"validation_fraction": 1}, at_most={"near_copy_bits": MOST_BITS})
     check_choice("disjoint", args.disjoint or "none", DISJOINT)
     check_choice("group_by", re.sub(r"^directory:[1-9]\d*$", "directory", args.group_by or "patient"), GROUP_LEVELS)
     settings_among(others, ImageSettings).check()
+    if salt_path(args.group_salt).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise UserError("group_salt is inside output_dir, where --overwrite deletes it. Keep it in another directory.")
     if source.needs_data and args.data_path is None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
 
@@ -208,11 +203,12 @@ def _read(args: PrepareArguments, source: Source, request: SourceRequest, images
 
     from_parquet = source.reads_parquet and is_parquet(request.data_path)
     records = read_parquet(source.name, request, images) if from_parquet else source.read(request)
-    if args.group_column and not any(record.group for record in records):
-        unused = records.counts.get("columns_not_used", "none")
+    if args.group_column and not any(record.group for record in records) and (any(records) or not records.rejected):
+        found = records.counts.get("columns_not_used", "none")
         raise UserError(
-            f"No record of the source {args.source!r} has a value in the column {args.group_column!r} (columns that "
-            f"are not used: {unused}). Correct group_column; the sources images, captions and llava have such columns."
+            f"No usable record of {request.data_path or args.source} has a value in the column {args.group_column!r} "
+            f"(columns that are not used: {found}). Correct group_column. The sources images, captions and llava have "
+            "such columns in tables and JSON files; a directory of images has none."
         )
     return records.first(args.max_records)
 
@@ -229,8 +225,7 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     """
     source = SOURCES.get(args.source)
     own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
-    request = SourceRequest(settings=own, seed=args.seed, follow_symlinks=images.follow_symlinks)
-    request = replace(request, group_column=args.group_column)
+    request = SourceRequest(None, None, own, args.seed, images.follow_symlinks, args.group_column)
     for name in source.files:
         path = getattr(request.settings, name)
         if path is not None:
@@ -323,8 +318,10 @@ def _print_counts(args: PrepareArguments, counts: dict) -> None:
     print(f"prepare: {args.source} is in {args.output_dir}")
     for name, row in counts["datasets"].items():
         print(f"  {name:20}" + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.items()))
+    is_changed = any(reason.endswith(("_in_test", "_in_validation")) for reason in counts["rejected"])
     for what, n in counts["notes"].items():
-        print(f"  {what.replace('_', ' ')}: {n if isinstance(n, str) else f'{n:,}'}")
+        before = " before removal" if n and is_changed and "_and_" in what else ""
+        print(f"  {what.replace('_', ' ')}: {n if isinstance(n, str) else f'{n:,}'}{before}")
     if counts["rejected"]:
         print(f"  rejected: {list_reasons(counts['rejected'])} (see rejected.jsonl)")
 
@@ -372,7 +369,7 @@ STAGE = Stage(
     plan=plan,
     inputs=(Input("data_path", FILE, is_remote=_is_on_hub), Input("image_folder", FILE)),
     outputs=tuple(Output(kind, kind, partial(_count, kind)) for kind in ("instruct", "benchmark", "images")),
-    operational=frozenset({"num_workers"}),
+    operational=frozenset({"num_workers", "group_salt"}),
     earlier_defaults={"near_copy_bits": NEAR_COPY_BITS},
     registries={"source": SOURCES},
 )

@@ -244,7 +244,7 @@ def test_a_directory_of_images_is_read_whatever_image_folder_is(tmp_path):
 
 
 def test_settings_are_checked_where_the_data_is_not(tmp_path):
-    elsewhere = {"output_dir": str(tmp_path), "source": "images", "data_path": str(tmp_path / "elsewhere")}
+    elsewhere = {"output_dir": str(tmp_path / "out"), "source": "images", "data_path": str(tmp_path / "elsewhere")}
     check(PrepareArguments(**elsewhere))
     with pytest.raises(UserError, match="validation_fraction is 5"):
         check(PrepareArguments(**elsewhere, validation_fraction=5))

@@ -17,7 +17,7 @@ from medst_trl.data.identify import hash_images
 from medst_trl.data.loading import load_records
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
-from medst_trl.pipeline.stages.prepare import PrepareArguments, check, main
+from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_patients_on_both_sides_are_reported_and_removed(tmp_path, suffix, capsy
     }  # fmt: skip
     assert record["counts"]["datasets"]["instruct/train"]["groups"] == 4
     assert "groups in train and test: 2" in capsys.readouterr().out
-    ids = GroupIds(tmp_path / "salt")
+    ids = GroupIds(tmp_path / "salt", kind="patient_id")
     assert groups_of(directory) == {
         "benchmark/test": {ids.of_key("P0"), ids.of_key("P1")},
         "instruct/train": {ids.of_key(f"P{n}") for n in range(4)},
@@ -90,8 +90,33 @@ def test_no_file_names_a_patient_or_the_salt(tmp_path):
             content = path.read_bytes()
             assert b'P0"' not in content and b'P3"' not in content and salt not in content
             assert str(tmp_path / "my_salt").encode() not in content
-    assert record["settings"]["group_salt"] == "my_salt"
-    main(PrepareArguments(str(directory), "images", group_column="patient_id", group_salt="other/my_salt", **table))
+    assert record["settings"]["group_salt"] is None
+    assert record["inputs"]["group_salt"] == [
+        {"path": "group_salt", "sha256": salt_of(GroupIds(tmp_path / "my_salt", kind="patient_id").of_key(""))}
+    ]
+    assert "group_salt" not in STAGE.shown_settings({"group_salt": "StMarysHospital.key"})
+
+
+def test_a_salt_is_compared_by_its_content(tmp_path, capsys):
+    table = patients(tmp_path) | {"group_column": "patient_id"}
+    prepare(tmp_path, group_salt=str(tmp_path / "one"), **table)
+    (tmp_path / "one").rename(tmp_path / "renamed")
+    prepare(tmp_path, group_salt=str(tmp_path / "renamed"), **table)
+    assert "nothing to do" in capsys.readouterr().out
+    (tmp_path / "two").write_bytes(b"2" * 32)
+    with pytest.raises(UserError, match="input group_salt: group_salt"):
+        prepare(tmp_path, group_salt=str(tmp_path / "two"), **table)
+    directory, _ = prepare(tmp_path, group_salt=str(tmp_path / "two"), overwrite=True, **table)
+    ids = GroupIds(tmp_path / "two", kind="patient_id")
+    assert groups_of(directory)["benchmark/test"] == {ids.of_key("P0"), ids.of_key("P1")}
+
+
+@pytest.mark.parametrize("salt", ["out/salt", "out", "out/deep/salt", "~/out/salt"])
+def test_a_salt_that_overwrite_would_delete_is_refused(tmp_path, monkeypatch, salt):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MEDST_GROUP_SALT", salt if salt.startswith("~") else str(tmp_path / salt))
+    with pytest.raises(UserError, match="group_salt is inside output_dir"):
+        check(PrepareArguments(str(tmp_path / "out"), "phantoms"))
 
 
 def test_ids_that_name_the_patient_of_a_dicom_header_are_hashed(tmp_path):
@@ -151,7 +176,7 @@ def test_numbers_of_a_spreadsheet_are_the_same_patients_as_text(tmp_path):
     values = ["17", 17, 17.0, " 17 "]
     rows = [{"image": f"{n}.png", "question": "Q?", "answer": "yes", "mrn": value} for n, value in enumerate(values)]
     directory, _ = prepare(tmp_path, data_path=str(write_table(tmp_path / "t.jsonl", rows)), group_column="mrn")
-    assert groups_of(directory)["instruct/train"] == {GroupIds(tmp_path / "salt").of_key("17")}
+    assert groups_of(directory)["instruct/train"] == {GroupIds(tmp_path / "salt", "mrn").of_key("17")}
 
 
 def test_a_group_that_is_no_text_is_rejected_without_its_value(tmp_path):
@@ -197,8 +222,27 @@ def test_directories_are_groups_if_asked_for(tmp_path, group_by, groups):
     for number, name in enumerate(["ward/P0/a.png", "ward/P0/b.png", "ward/P1/a.png", "c.png"]):
         save(tmp_path / "img" / name, number)
     directory, _ = prepare(tmp_path, data_path=str(tmp_path / "img"), group_by=group_by)
-    ids = GroupIds(tmp_path / "salt")
+    ids = GroupIds(tmp_path / "salt", "directory")
     assert groups_of(directory)["images/train"] == set(map(ids.of_key, groups))
+
+
+def test_absolute_and_relative_names_of_a_directory_are_one_group(tmp_path):
+    rows = []
+    for number in range(8):
+        save(tmp_path / "img" / f"P{number % 4}" / f"{number}.png", number)
+        split, root = ("train", f"{tmp_path}/img/") if number < 4 else ("test", "")
+        rows.append({"image": f"{root}P{number % 4}/{number}.png", "question": "Q?", "answer": "yes", "split": split})
+    table = {"data_path": str(write_table(tmp_path / "t.csv", rows)), "image_folder": str(tmp_path / "img")}
+    directory, record = prepare(tmp_path, group_by="directory:1", **table)
+    ids = GroupIds(tmp_path / "salt", "directory:1")
+    assert groups_of(directory)["instruct/train"] == {ids.of_key(f"P{n}") for n in range(4)}
+    assert record["counts"]["notes"]["groups_in_train_and_test"] == 4
+
+
+def test_a_table_whose_records_are_all_rejected_is_not_blamed_on_the_column(tmp_path):
+    rows = [{"image": f"{n}.png", "question": "Q?", "answer": "", "patient": "P"} for n in range(3)]
+    with pytest.raises(UserError, match="can be used: 3 no_answer"):
+        prepare(tmp_path, data_path=str(write_table(tmp_path / "t.csv", rows)), group_column="patient")
 
 
 def test_without_groups_no_salt_is_made_and_disjoint_groups_are_said_to_be_missing(tmp_path):
