@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,12 @@ def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterat
         )
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix.lower() in (".jsonl", ".ndjson")):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
-    for position, item in enumerate(_values(text, start + is_array, key if is_array else None)):
+    if is_array:
+        items = _values(text, start + 1, key)
+    else:  # lines inside a record are indented, or close it
+        indent = start - text.rfind("\n", 0, start) - 1
+        items = chain.from_iterable(map(_values, re.split(rf"[\r\n]+(?=[ \t]{{0,{indent}}}[^\s}}\]])", text)))
+    for position, item in enumerate(items):
         if not isinstance(item, dict | Rejected):
             item = Rejected("", "not_an_object", type(item).__name__)
         yield position, replace(item, id=f"{path.name}#{position}") if isinstance(item, Rejected) else item
@@ -165,19 +170,19 @@ def _columns(text: str, key: str) -> list[str]:
     return []
 
 
-def _values(text: str, at: int, key: str | None) -> Iterator[Any]:
-    """Yield the values in a text from a position on: of an array whose records have the key `key`, or without one."""
+def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
+    """
+    Yield the values of an array whose records have the key `key`.
+
+    Without a key, `text` is one record, or several if a file without a last line break was appended to.
+    """
     while (at := _BETWEEN.match(text, at).end()) < len(text) and not (key and text[at] == "]"):
         try:
             item, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             item = Rejected("", "malformed_json", str(error))  # where, but no text: it may name a patient
-            if key:  # the next record has it; a part of the broken record, such as one of its turns, does not
-                at = _next_record(text, at, key)
-            else:  # lines inside the broken record are indented, or close it
-                indent = at - text.rfind("\n", 0, at) - 1
-                line = re.compile(rf"[\r\n]\s{{0,{indent}}}(?=[^\s}}\]])").search(text, at)
-                at = line.end() if line else len(text)
+            # The next record has the key; a part of the broken record, such as one of its turns, does not.
+            at = _next_record(text, at, key) if key else len(text)
         yield item
 
 
