@@ -5,9 +5,9 @@ Parse what chat servers return: a reply, or an error with the action to take (st
 """
 
 import json
+import logging
 import re
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from typing import Any, Literal
 from medst_trl.base.redaction import HIDDEN, hide_secrets
 from medst_trl.data.cells import printable
 
+
+logger = logging.getLogger(__name__)
 
 _MAX_CHARS = 300  # of a server's message
 
@@ -263,7 +265,8 @@ class AcceptedFields:
             self.renamed = True
             return True
         if "temperature" in sent and "temperature" in text:
+            if not self.no_temperature:
+                logger.warning("The server does not accept a temperature. It samples with its own settings.")
             self.no_temperature = True
-            warnings.warn("The server does not accept a temperature. It samples with its own settings.", stacklevel=2)
             return True
         return False

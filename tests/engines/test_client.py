@@ -197,9 +197,9 @@ def test_error_messages_of_servers_are_classified(status, message, kind):
         [{"error": {"message": "temperature is not supported"}}],
     ],
 )
-@pytest.mark.filterwarnings("ignore:The server does not accept a temperature")
-def test_an_error_without_an_error_object_is_understood(body):
+def test_an_error_without_an_error_object_is_understood(body, caplog):
     _, [answer], sent = ask([httpx2.Response(400, json=body), completion()])
+    assert caplog.messages == ["The server does not accept a temperature. It samples with its own settings."]
     assert answer.reading and "temperature" in sent[0] and "temperature" not in sent[1]
 
 
@@ -316,7 +316,6 @@ def test_an_interrupted_run_resumes_after_the_last_attempt():
         ("'temperature' does not support 0 with this model", None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The server does not accept a temperature")
 def test_refused_fields_are_replaced_or_left_out(message, replacement):
     body = {"response_format": {"type": "json_schema", "json_schema": {}}}
     requests = [request("a", **body), request("b", **body)]

@@ -18,8 +18,6 @@ from medst_trl.selftrain.judge.batch import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The server does not accept a temperature")
-
 UNSUPPORTED = "Unsupported {}: '{}' is not supported with this model."
 REFUSALS = {
     "max_tokens": UNSUPPORTED.format("parameter", "max_tokens") + " Use 'max_completion_tokens' instead.",
