@@ -18,6 +18,7 @@ from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, 
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, RequestSize, image_tokens
 from medst_trl.engines.engine import ENGINES, Engine, EngineKind, Prompt, Reply, Request, Sampling, sent_parts
+from medst_trl.policy.vusr import ZERO_WIDTH_NON_JOINER
 
 
 # The server's tokenizer is not known here, so whatever looks like a control token is kept from becoming one.
@@ -200,19 +201,16 @@ def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str
     def image_part() -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": next(urls)}}
 
+    def neutralise(texts: list[str]) -> list[str]:
+        return [_CONTROL.sub(rf"\g<0>{ZERO_WIDTH_NON_JOINER}", text) for text in texts]
+
     messages = []
     for turn in turns:
-        content = sent_parts(turn, lambda texts: map(_neutralised, texts), image_part)
+        content = sent_parts(turn, neutralise, image_part)
         # In the API, assistant messages are plain strings.
         text = "".join(part.get("text", "") for part in content)
         messages.append({"role": turn["role"], "content": text if turn["role"] == "assistant" else content})
     return messages
-
-
-def _neutralised(text: str) -> str:
-    from medst_trl.policy.vusr import ZERO_WIDTH_NON_JOINER
-
-    return _CONTROL.sub(lambda match: match[0] + ZERO_WIDTH_NON_JOINER, text)
 
 
 def _check(settings: ServerSettings, model_name_or_path: str) -> None:
