@@ -148,6 +148,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
         print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
         args.benchmarks.remove(name)
+    if Path(args.candidates).is_dir() and not any(Path(args.candidates).iterdir()):
+        raise UserError(f"{args.candidates} holds no candidates. rejected.jsonl beside it says why. Generate more.")
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
