@@ -8,7 +8,7 @@ A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk
 
 import glob
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -101,7 +101,21 @@ def readable_errors(path_or_hub_id: str | PathLike, near: Callable[[], str] = st
             f"{near()} Check the network, the token (`hf auth login`) and HF_HUB_OFFLINE, or correct the path."
         ) from None
     except (DatasetGenerationError, KeyError, ValueError) as error:  # damaged, other columns, an unknown split
-        raise UserError(f"{path_or_hub_id}: {error.__cause__ or error}") from None
+        lines = str(error.__cause__ or error).splitlines()  # a schema is between the first and the last one
+        raise UserError(f"{path_or_hub_id}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}") from None
+
+
+def open_splits(path: Path) -> "Mapping[str, Dataset]":
+    """Open all splits of a file, of a directory or of a dataset on the Hub. Their columns may differ."""
+    from datasets import load_dataset
+
+    with readable_errors(path):
+        found = {split: files for split in _SPLITS if (files := _find(path, split))}
+        found = {split_named_by(path.stem) or "train": [path]} if path.is_file() else found
+        if found:
+            return {split: _read(files, split, None) for split, files in found.items()}
+        hub_id, revision = split_revision(str(path))
+        return load_dataset(hub_id, revision=revision)
 
 
 def _read(files: list[Path], split: str, kind: str | None) -> "Dataset":

@@ -5,7 +5,6 @@ Read tables of questions in Parquet files or on the Hub, with the images inside:
 there have the columns `image`, `question` and `answer`, and a file or more for each split.
 """
 
-import glob
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,13 +12,12 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.files import visible_files
-from medst_trl.base.hub_ids import split_revision
 
 from .cells import column_names
 from .image_formats import ImageProblem
 from .image_settings import ImageSettings
 from .images import FolderImages, StoredImage, load_image
-from .loading import readable_errors, split_named_by
+from .loading import open_splits, readable_errors
 from .reading import check_header
 from .schema import with_stored_images
 from .source import QUESTION_COLUMNS, Records, SourceRequest, question_or_image
@@ -67,22 +65,12 @@ def read_parquet(name: str, request: SourceRequest, settings: ImageSettings) -> 
     """
     images = TableImages(request.image_folder, settings)
     records = Records(name, request.image_folder, images, group_column=request.group_column)
-    for split, dataset in _splits(request.data_path).items():
+    for split, dataset in open_splits(request.data_path).items():
         columns = column_names(dataset.column_names, "image")
         check_header(columns, ("image",), request.data_path)
         rows = images.rows(dataset, columns, {"split": split})
         records.collect(rows, question_or_image, prefix=f"{name}-{split}-", used=QUESTION_COLUMNS)
     return records
-
-
-def _splits(path: Path) -> dict[str, "Dataset"]:
-    from datasets import load_dataset
-
-    with readable_errors(path):
-        if path.is_file():
-            return load_dataset("parquet", data_files={split_named_by(path.name) or "train": glob.escape(str(path))})
-        hub_id, revision = split_revision(str(path))
-        return load_dataset(hub_id, revision=revision)
 
 
 class TableImages(FolderImages):

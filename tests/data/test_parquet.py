@@ -230,3 +230,13 @@ def test_file_names_in_a_directory_of_parquet_files_are_in_the_image_folder(tmp_
     for path in (tmp_path / "table", tmp_path / "table" / "train.parquet"):
         counts = prepare(tmp_path / f"out_{path.name}", "images", path, image_folder=str(tmp_path / "scans"))
         assert counts["datasets"]["instruct/train"]["images"] == 2
+
+
+def test_the_files_of_splits_may_have_other_columns(tmp_path):
+    write(tmp_path / "train.parquet", rows(0, 1))
+    write(tmp_path / "test.parquet", [row | {"link": "x"} for row in rows(1, 1)])
+    (tmp_path / "README.txt").write_text("About the data")
+    assert is_parquet(tmp_path)
+    assert [(question.split, question.link) for question in read(tmp_path).questions] == [
+        ("train", None), ("train", None), ("test", "x"), ("test", "x"),
+    ]  # fmt: skip
