@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Let the policy ask about unlabelled images and answer each of its questions twice: candidates for preference pairs.
+Let the policy ask about unlabeled images and answer each of its questions twice: candidates for preference pairs.
 
 ```bash
 medst generate \

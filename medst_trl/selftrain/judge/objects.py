@@ -56,15 +56,37 @@ def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | No
         score without one), and `verdict`: 0, 1, `"tie"` or another text. A value is None if it is ambiguous: the
         objects contradict each other, or a score is on another scale. None without objects.
     """
-    statements: dict[Any, set] = defaultdict(set)
+    names, said = "|".join(criteria), defaultdict(set)
+    # Of an answer, of a criterion, of both in any order, or of neither.
+    of_answer = rf"(?:(?:score|rating)?(?:of|for)?{_ANSWER})?"
+    score_name = re.compile(rf"({names})?{of_answer}({names})?(?:(?:score|rating)s?)?")
+
+    def collect(items: tuple, answer: int | None, criterion: str | None) -> None:
+        """Add what an object says. The answer and the criterion are those of the object around it."""
+        for key, value in items:
+            name, which, what = _plain(key), answer, criterion
+            if match := score_name.fullmatch(name):
+                which, what = WHICH.get(match[2], answer), match[1] or match[3] or criterion
+            values = value if isinstance(value, list) else [value]
+            for place, item in enumerate(values):
+                owner = _owner(item, place) if which is None and len(values) == 2 else which
+                if isinstance(item, tuple):
+                    collect(item, owner, what)
+                elif _VERDICT.fullmatch(name) and not isinstance(item, bool):  # {"answer_1": {"preferred": true}}
+                    said["verdict"].add(_verdict(value))
+                elif match and re.search(r"\d", str(item)):
+                    score = _score(item)
+                    if score is not None or owner is not None:
+                        said[owner, what].add(score)
+
     try:
         objects = _find_objects(text)
         for item in objects:
-            _collect(item, None, None, _score_name(criteria), statements)
+            collect(item, None, None)
     except RecursionError:
         return {}
-    found = {key: values.pop() if len(values) == 1 else None for key, values in statements.items()}
-    return found if objects else None
+    statements = {key: values.pop() if len(values) == 1 else None for key, values in said.items()}
+    return statements if objects else None
 
 
 def _find_objects(text: str) -> list[tuple]:
@@ -117,34 +139,6 @@ def _pairs(node: yaml.Node) -> Any:
     if not node.value and node.style is None:
         raise ValueError("a name without a value")
     return node.value
-
-
-def _score_name(criteria: Collection[str]) -> re.Pattern:
-    """Return the pattern of names of scores: of an answer, of a criterion, of both in any order, or of neither."""
-    criterion = "|".join(criteria)
-    of_answer = rf"(?:(?:score|rating)?(?:of|for)?{_ANSWER})?"
-    return re.compile(rf"({criterion})?{of_answer}({criterion})?(?:(?:score|rating)s?)?")
-
-
-def _collect(
-    items: tuple, answer: int | None, criterion: str | None, score_name: re.Pattern, statements: dict[Any, set]
-) -> None:
-    """Add the statements of an object. The answer and the criterion are those of the object around it."""
-    for key, value in items:
-        name, which, what = _plain(key), answer, criterion
-        if match := score_name.fullmatch(name):
-            which, what = WHICH.get(match[2], answer), match[1] or match[3] or criterion
-        values = value if isinstance(value, list) else [value]
-        for place, item in enumerate(values):
-            owner = _owner(item, place) if which is None and len(values) == 2 else which
-            if isinstance(item, tuple):
-                _collect(item, owner, what, score_name, statements)
-            elif _VERDICT.fullmatch(name) and not isinstance(item, bool):  # {"answer_1": {"preferred": true}}
-                statements["verdict"].add(_verdict(value))
-            elif match and re.search(r"\d", str(item)):
-                score = _score(item)
-                if score is not None or owner is not None:
-                    statements[owner, what].add(score)
 
 
 def _owner(item: Any, place: int) -> int | None:
