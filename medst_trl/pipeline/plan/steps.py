@@ -59,19 +59,17 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    problems = Problems()
-    with problems.collect(), located(step.where):
-        if step.stage.check is not None:
-            step.stage.check(*(item for item in arguments if not isinstance(item, HubArguments)))
-    with problems.collect(), located(step.where):
-        if trains:
-            from medst_trl.training.machine import check_schedule
+    own, checks, problems = [item for item in arguments if not isinstance(item, HubArguments)], [], Problems()
+    if step.stage.check is not None:
+        checks.append((step.stage.check, own))
+    if trains:
+        from medst_trl.training.machine import check_schedule
 
-            check_schedule(arguments[-1])
-    for settings in arguments:
+        checks.append((check_schedule, own[-1:]))
+    checks += [(check_push, [item]) for item in arguments if getattr(item, "push_to_hub", False)]
+    for check, checked in checks:
         with problems.collect(), located(step.where):
-            if getattr(settings, "push_to_hub", False):
-                check_push(settings)
+            check(*checked)
     problems.report()
     return arguments
 
