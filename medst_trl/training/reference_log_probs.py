@@ -53,9 +53,8 @@ FORMAT = 1  # to be raised when the numbers of earlier files must no longer be u
 _METADATA = b"medst_trl"
 _COLUMNS = pa.schema({"pair": pa.string(), "id": pa.string(), "chosen": pa.float32(), "rejected": pa.float32()})
 _WHAT = (
-    "Log-probabilities of preference pairs under a reference model: natural logarithm, summed over the tokens of the "
-    "answer, its prompt given. A pair's key is the SHA-256 of its messages and pixels (medst_trl pair_key); the file "
-    "is named by the SHA-256 of `settings`."
+    "Log-probabilities of preference pairs under a reference model, in nats, summed over the answer. A pair's key is "
+    "the SHA-256 of its messages and pixels (medst_trl pair_key); the file is named by the SHA-256 of `settings`."
 )
 # Entries of a model's configuration that say where it came from or how it is run, not what it computes.
 _NOT_COMPUTED = {

@@ -25,6 +25,8 @@ from .upstream import fused_outputs
 
 logger = get_logger(__name__)
 
+_OF_COLLATOR = ("max_length", "sq_ratio", "sq_first_turn", "seed", "pad_to_multiple_of")
+
 
 @dataclass
 class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
@@ -99,14 +101,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             raise UserError("pack_sequences needs the default collator. Remove pack_sequences or data_collator.")
         model, processing_class = self.load_model(model, processing_class, args)
         packing = _packing(base_of(model), args) if args.pack_sequences else None
+        settings = {name: getattr(args, name) for name in _OF_COLLATOR}
         collator = kwargs.pop("data_collator", None) or DataCollatorForSelfQuestioning(
-            processing_class,
-            packing=packing,
-            max_length=args.max_length,
-            sq_ratio=args.sq_ratio,
-            sq_first_turn=args.sq_first_turn,
-            seed=args.seed,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            processing_class, packing=packing, **settings
         )
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             datasets = datasets_by_name(train_dataset, eval_dataset)
