@@ -9,14 +9,13 @@ which gives self-questioning its later turns.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cells import published_id
 from .groups import NEAR_COPY_BITS, GroupIds, Grouping, representatives
-from .overlap import plain_question
+from .overlap import Inventory, plain_question
 from .schema import dialogue
 from .source import Conversation, Question, Records, Rejected
 
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
     from .image_index import ImageIndex
 
 
-# With `disjoint`, a record is removed if one of these parts occurs in the later split, see `_parts`.
-_REMOVED_FOR = {"none": {}, "image": {"images": ["copies"]}, "group": {"groups": ["joined", "copies"]}}
+# What the counts of the overlap call the relations of `Inventory.relation`, and those for which `disjoint` removes.
+_SHARED = {"question": "pairs", "image": "images", "near_copy": "near_copies", "group": "groups"}
+_REMOVED_FOR = {"none": ("question",), "image": ("question", "image", "near_copy"), "group": tuple(_SHARED)}
 
 
 class Datasets(NamedTuple):
@@ -38,7 +38,7 @@ class Datasets(NamedTuple):
             Rows by kind of dataset and split, in the order in which they are written. They have the columns of
             `schema.py`, with names of images in place of the images.
         rejected (`list[Rejected]`):
-            Records that cannot be used, those of the reader first.
+            Records that are in no dataset: first those of the reader, last those that another split excludes.
         counts (`dict`):
             Numbers by dataset (`datasets`), the counts of the reader and the overlap between splits (`notes`), and the
             number of rejected records by reason, most frequent first (`rejected`).
@@ -76,26 +76,28 @@ def assemble(
         validation_fraction, seed:
             See [`split_off_validation`].
     """
-    image_ids = index.image_ids
+    from .near_copies import near_copies  # loads NumPy and Pillow
+
+    image_ids, groups = index.image_ids, groups or GroupIds()
     if not validation_fraction and all(record.split == "train" for record in records):
         near_copy_bits = 0  # there is nothing to keep apart
-    usable, grouping, rejected = _usable(records, index, groups or GroupIds(), near_copy_bits)
-    splits, overlap = hold_out(usable, image_ids, disjoint, grouping)
-    notes = _notes(usable, overlap if records.questions else {}, index.hashes if near_copy_bits else {}, disjoint)
-    conversations = [record for record in chain(*splits.values()) if not isinstance(record, Question)]
-    unlabelled = [record for record in conversations if not record.messages]
-    conversations = [record for record in conversations if record.messages]
-    for split in ("validation", "train"):
-        questions = [record for record in splits[split] if isinstance(record, Question)]
-        for images, about in by_image(questions, image_ids).items():
-            name = "-".join(image[:16] for image in images)
-            conversations += conversations_about_image(f"{records.name}-{split}-{name}", about)
-    conversations = split_off_validation(conversations, image_ids, validation_fraction, seed, grouping)
-    rows = {("benchmark", "test"): _benchmark_rows(splits["test"], image_ids)}
-    for split in ("train", "validation"):
-        of_split = [conversation for conversation in conversations if conversation.split == split]
-        rows["instruct", split] = _instruct_rows(of_split, image_ids)
-    rows["images", "train"] = _instruct_rows(unlabelled, image_ids)
+    usable, members, rejected = _usable(records, index, groups)
+    near = near_copies(index.hashes, index.hashes, near_copy_bits)
+    plain = {image_id for image_id, code in index.hashes.items() if code is None}
+    grouping = Grouping(members, near, plain)
+    usable = [replace(record, group=grouping.group(*own)) for record, own in zip(usable, members)]
+    # The index of an interrupted run of version 0.1.0 has no hashes.
+    is_compared = near_copy_bits and {*image_ids.values()} <= index.hashes.keys()
+    splits, overlap, removed = hold_out(usable, image_ids, disjoint, near if is_compared else None)
+    rows, drawn = _rows(records.name, splits, image_ids, grouping, validation_fraction, seed)
+    rejected += removed + drawn
+    together = {image_ids[name]: _joined(record, image_ids, grouping) for record in usable for name in record.images}
+    notes = overlap if records.questions else {}
+    notes |= _notes(usable, rows, Counter(together.values()), validation_fraction)
+    if is_compared and plain and splits["test"]:
+        notes["images_too_plain_to_find_near_copies"] = len(plain)
+    if (disjoint == "group" or groups.level == "directory") and not any(record.group for record in usable):
+        notes["groups"] = "none. Set --group_column or --group_by."
     counts = {
         "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
         "notes": {**records.counts, **index.notes, **notes},
@@ -104,34 +106,18 @@ def assemble(
     return Datasets(rows, rejected, counts)
 
 
-def _notes(usable: Collection, overlap: Mapping[str, int], hashes: Mapping[str, str | None], disjoint: str) -> dict:
-    """Return what to report about splits: their overlap, 0 where it was looked for, and groups that may be wrong."""
-    groups = Counter(record.group for record in usable if record.group)
-    has_test = any(record.split == "test" for record in usable)
-    looked_for = (["near_copies"] if hashes and has_test else []) + (["groups"] if groups and has_test else [])
-    notes = dict(overlap) | {f"{name}_in_train_and_test": 0 for name in looked_for} | overlap
-    if has_test and (plain := sum(code is None for code in hashes.values())):
-        notes["images_too_plain_to_find_near_copies"] = plain
-    if disjoint == "group" and not groups:
-        notes["groups"] = "none; --group_column and --group_by name them"
-    elif groups and 2 * max(groups.values()) > len(usable) >= 10:
-        notes["groups"] = f"{max(groups.values()):,} of {len(usable):,} records are in one; check what names them"
-    return notes
-
-
 def _usable(
-    records: Records, index: "ImageIndex", groups: GroupIds, near_copy_bits: int
-) -> tuple[list[Conversation | Question], Grouping, list[Rejected]]:
-    """Return the usable records with group ids in place of groups, what belongs together, and the rejected records."""
-    from .near_copies import near_copies  # loads NumPy and Pillow
-
-    usable, keys, rejected, unlabelled = [], [], list(records.rejected), {}
+    records: Records, index: "ImageIndex", groups: GroupIds
+) -> tuple[list[Conversation | Question], list[tuple[list[str], list[str]]], list[Rejected]]:
+    """Return the usable records, the images and groups of each, and the rejected records."""
+    usable, members, rejected, unlabelled = [], [], list(records.rejected), {}
     for record in records:
         problem = next((index.problems[name] for name in record.images if name in index.problems), None)
         if problem is not None:
             rejected.append(replace(problem, id=record.id))
             continue
-        ids = [index.image_ids[name] for name in record.images]
+        ids, own = [index.image_ids[name] for name in record.images], groups.of_key(record.group)
+        found = [index.group_ids.get(name) for name in record.images]
         if isinstance(record, Conversation) and not record.messages:
             if ids[0] in unlabelled:  # each unlabelled image once
                 rejected.append(Rejected(record.id, "duplicate_image", unlabelled[ids[0]].images[0]))
@@ -139,16 +125,51 @@ def _usable(
             unlabelled[ids[0]] = record = replace(record, id=f"image-{ids[0][:16]}")
         else:
             files = record.images if records.image_folder else ()
-            own = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}
-            found = [index.group_ids.get(name) for name in record.images]
-            own = {key: published_id(name, files, record.group, found, groups.of_key) for key, name in own.items()}
-            record = replace(record, **own)
-        own = groups.of_key(record.group)
-        found = [own] if own else sorted({index.group_ids[name] for name in record.images if name in index.group_ids})
-        usable.append(replace(record, group=next(iter(found), None)))
-        keys.append((ids, found))
-    plain = {image_id for image_id, code in index.hashes.items() if code is None}
-    return usable, Grouping(keys, near_copies(index.hashes, index.hashes, near_copy_bits), plain), rejected
+            names = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}
+            names = {key: published_id(name, files, record.group, found, groups.of_key) for key, name in names.items()}
+            record = replace(record, **names)
+        usable.append(record)
+        members.append((ids, [own] if own else found))
+    return usable, members, rejected
+
+
+def _rows(
+    name: str, splits: Mapping[str, list], image_ids: Mapping[str, str], grouping: Grouping, fraction: float, seed: int
+) -> tuple[dict[tuple[str, str], list[dict]], list[Rejected]]:
+    """Return the rows of all datasets, and the unlabeled images that belong to what was drawn for validation."""
+    talks = [record for record in splits["validation"] + splits["train"] if not isinstance(record, Question)]
+    conversations = [record for record in talks if record.messages]
+    for split in ("validation", "train"):
+        questions = [record for record in splits[split] if isinstance(record, Question)]
+        for images, about in by_image(questions, image_ids).items():
+            prefix = "-".join([name, split, *(image[:16] for image in images)])
+            conversations += conversations_about_image(prefix, about)
+    divided = split_off_validation(conversations, image_ids, fraction, seed, grouping)
+    drawn = {_joined(new, image_ids, grouping) for old, new in zip(conversations, divided) if new.split != old.split}
+    unlabelled = [record for record in talks if not record.messages]
+    left_out = [record for record in unlabelled if _joined(record, image_ids, grouping) in drawn]
+    unlabelled = [record for record in unlabelled if _joined(record, image_ids, grouping) not in drawn]
+    by_split = {name: [item for item in divided if item.split == name] for name in ("train", "validation")}
+    rows = {("benchmark", "test"): _benchmark_rows(splits["test"], image_ids)}
+    rows |= {("instruct", name): _instruct_rows(items, image_ids) for name, items in by_split.items()}
+    rows["images", "train"] = _instruct_rows(unlabelled, image_ids)
+    return rows, [Rejected(record.id, "drawn_for_validation", record.images[0]) for record in left_out]
+
+
+def _notes(
+    usable: Iterable[Conversation | Question], rows: Mapping, together: Counter, validation_fraction: float
+) -> dict[str, Any]:
+    """Return what to report about groups and empty splits. `together` counts the images that belong together."""
+    largest, without = max(together.values(), default=0), [not record.group for record in usable if record.images]
+    train, validation = rows["instruct", "train"], rows["instruct", "validation"]
+    had_train = any(record.split == "train" for record in usable)
+    notes = {
+        "records_without_group": not all(without) and sum(without),
+        "images_kept_together": 2 * largest > together.total() >= 10 and f"{largest:,} of {together.total():,}",
+        "train_split": had_train and not (train or rows["images", "train"]) and "empty, other splits have it",
+        "validation_split": validation_fraction and train and not validation and "empty, too much belongs together",
+    }
+    return {name: note for name, note in notes.items() if note}
 
 
 def _count(rows: list[dict]) -> dict[str, int]:
@@ -162,16 +183,16 @@ def _count(rows: list[dict]) -> dict[str, int]:
     return {"images": images} | counts | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
-def _instruct_rows(kept: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
+def _instruct_rows(conversations: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
     return [
         {
             "id": conversation.id,
             "images": list(conversation.images),
-            "image_ids": [image_ids[name] for name in conversation.images],
+            "image_ids": _ids(conversation, image_ids),
             "messages": conversation.messages,
             "group_id": conversation.group,
         }
-        for conversation in kept
+        for conversation in conversations
     ]
 
 
@@ -199,8 +220,8 @@ def hold_out(
     records: Collection[Conversation | Question],
     image_ids: Mapping[str, str],
     disjoint: str = "none",
-    grouping: Grouping | None = None,
-) -> tuple[dict[str, list[Conversation | Question]], dict[str, int]]:
+    near: Mapping[str, Set[str]] | None = None,
+) -> tuple[dict[str, list[Conversation | Question]], dict[str, int], list[Rejected]]:
     """
     Remove from train what is also in test or validation, and from validation what is also in test.
 
@@ -213,59 +234,51 @@ def hold_out(
         image_ids (`dict`):
             Name of an image to its `image_id`; equal images under two names are one.
         disjoint (`str`, *optional*, defaults to `"none"`):
-            What else is removed: with `"image"`, everything about an image of the later split; with `"group"`, also
-            everything that belongs together with a record of the later split.
-        grouping ([`Grouping`], *optional*):
-            What belongs together. Defaults to records that share an image or a group.
+            What else is removed: with `"image"`, everything about an image of the later split or a near copy of it;
+            with `"group"`, also everything about a group of the later split.
+        near (`dict`, *optional*):
+            `image_id` to the `image_id`s of its near copies. None if they were not looked for.
 
     Returns:
-        The records by split, and for each two splits that share something the counts `images_in_train_and_test`
-        (before removal; always reported), `near_copies_in_...` (images without an equal one in the other split),
-        `groups_in_...`, `pairs_in_...`, and what was removed, such as `questions_removed_for_pairs_in_...`.
+        - The records by split.
+        - For each two splits that share something the counts `images_in_train_and_test`, `near_copies_in_...` (images
+          without an equal one in the other split), `groups_in_...` and `pairs_in_...`, all before removal. For train
+          and test, zeros are reported, too.
+        - The removed records, with a reason such as `question_in_test`, `image_in_test`, `near_copy_in_test` or
+          `group_in_test`, and as value its images, followed by the question, image or group that the later split has.
     """
-    grouping = grouping or Grouping((_ids(record, image_ids), [record.group]) for record in records)
     by_split = {"test": [], "validation": [], "train": []}
     for record in records:
         by_split[record.split].append(record)
-    removed_for = {"pairs": ["pairs"]} | _REMOVED_FOR[disjoint]
-    counts = Counter(images_in_train_and_test=0)
-    for held, taken_from in (("test", "validation"), ("test", "train"), ("validation", "train")):
-        if not by_split[held]:
-            continue
-        there, here = (_parts(by_split[split], image_ids, grouping) for split in (held, taken_from))
-        where = f"in_{taken_from}_and_{held}"
-        alone = here["images"] - there["images"]
-        counts[f"near_copies_{where}"] = sum(grouping.image(image) in there["copies"] for image in alone)
-        counts.update({f"{part}_{where}": len(here[part] & there[part]) for part in ("images", "groups", "pairs")})
-        kept = []
-        for record in by_split[taken_from]:
-            own = _parts([record], image_ids, grouping)
-            what = next((w for w, parts in removed_for.items() if any(own[p] & there[p] for p in parts)), None)
-            if what is None:
-                kept.append(record)
+    names = {image_id: name for name, image_id in image_ids.items()}
+    counts, removed = {"images_in_train_and_test": 0}, []
+    if by_split["test"]:
+        counts |= {"near_copies_in_train_and_test": 0} if near is not None else {}
+        counts |= {"groups_in_train_and_test": 0} if any(record.group for record in records) else {}
+    for held, other in (("test", "validation"), ("test", "train"), ("validation", "train")):
+        inventory, shared, kept = Inventory(near=near or {}), defaultdict(set), []
+        for record in by_split[held]:
+            inventory.add_record(_ids(record, image_ids), record.group, _asked(record))
+        for record in by_split[other]:
+            ids = _ids(record, image_ids)
+            relation, value = inventory.relation(ids, record.group, next(iter(_asked(record)), None))
+            shared[inventory.relation([], record.group)[0]].add(record.group)
+            for image in ids:
+                shared[inventory.relation([image])[0]].add(image)
+            if relation == "question":
+                shared[relation].add((*ids, value))
+            if relation in _REMOVED_FOR[disjoint]:
+                involved = (*record.images, names.get(value, value))
+                removed.append(Rejected(record.id, f"{relation}_in_{held}", ", ".join(involved)))
             else:
-                is_question, messages = isinstance(record, Question), getattr(record, "messages", None)
-                name = "questions" if is_question else "conversations" if messages else "unlabeled_images"
-                counts[f"{name}_removed_for_{what}_{where}"] += 1
-        by_split[taken_from] = kept
-    return by_split, {name: n for name, n in counts.items() if n or name == "images_in_train_and_test"}
+                kept.append(record)
+        by_split[other] = kept
+        counts |= {f"{_SHARED[name]}_in_{other}_and_{held}": len(shared[name]) for name in _SHARED if shared[name]}
+    return by_split, counts, removed
 
 
-def _parts(
-    records: Iterable[Conversation | Question], image_ids: Mapping[str, str], grouping: Grouping
-) -> dict[str, set]:
-    """Return the images of records, the same without near copies, their groups, what belongs together, and pairs."""
-    parts = {name: set() for name in ("images", "copies", "groups", "joined", "pairs")}
-    for record in records:
-        ids = _ids(record, image_ids)
-        copies = tuple(map(grouping.image, ids))
-        parts["images"].update(ids)
-        parts["copies"].update(copies)
-        parts["joined"].add(grouping.of(ids, record.group, record.id))
-        parts["groups"].update([record.group] if record.group else ())
-        if isinstance(record, Question):
-            parts["pairs"].add((copies, plain_question(record.question)))
-    return parts
+def _asked(record: Conversation | Question) -> list[str]:
+    return [plain_question(record.question)] if isinstance(record, Question) else []
 
 
 def split_off_validation(
@@ -273,24 +286,22 @@ def split_off_validation(
     image_ids: Mapping[str, str],
     fraction: float,
     seed: int,
-    grouping: Grouping | None = None,
+    grouping: Grouping,
 ) -> list[Conversation]:
     """
     Move about a `fraction` of the images, with all their conversations, from train to validation.
 
     Which images depends only on the images and the seed, not on their order or on other records of the source. What
-    belongs together stays together (`grouping`, by default the images of a conversation and its group). A conversation
-    without an image or a group is drawn by its id.
+    belongs together stays together. A conversation without an image or a group is drawn by its id.
     """
-    grouping = grouping or Grouping((_ids(record, image_ids), [record.group]) for record in conversations)
-
-    def key(conversation: Conversation) -> str:
-        return grouping.of(_ids(conversation, image_ids), conversation.group, conversation.id)
-
     return [
-        replace(conversation, split="validation") if draw(key(conversation), seed) < fraction else conversation
-        for conversation in conversations
+        replace(record, split="validation") if draw(_joined(record, image_ids, grouping), seed) < fraction else record
+        for record in conversations
     ]
+
+
+def _joined(record: Conversation | Question, image_ids: Mapping[str, str], grouping: Grouping) -> str:
+    return grouping.of(_ids(record, image_ids), record.group, record.id)
 
 
 def _ids(record: Conversation | Question, image_ids: Mapping[str, str]) -> list[str]:

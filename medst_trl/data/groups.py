@@ -18,6 +18,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from medst_trl.base.errors import UserError
 
@@ -119,9 +120,7 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
     except OSError as error:
         raise UserError(f"group_salt {path}: {error.strerror}. Set --group_salt to a file of your own.") from None
     if len(salt) < _SALT_BYTES // 2:
-        raise UserError(
-            f"group_salt {path} has {len(salt)} bytes, too few for a salt. Name a file that does not exist."
-        )
+        raise UserError(f"group_salt {path} has only {len(salt)} bytes. Name a file that does not exist.")
     if path.stat().st_mode & 0o077:
         print(f"WARNING: other users have access to the salt {path}. Run `chmod 600 {path}`.")
     return salt
@@ -129,47 +128,57 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
 
 class Grouping:
     """
-    Tells which records belong together: those that share a group, an image or a near copy of it.
+    Joins records that share a group, an image or a near copy.
 
-    Two exceptions keep the groups of a hospital apart. Images without structure (such as black slices) and near copies
-    of images in another group (such as pages of a report) occur with many patients, and do not join their groups.
+    Two exceptions keep the groups of a hospital apart. Plain images (such as black slices) and near copies of images
+    in another group (such as pages of a report) occur with many patients, and do not join their groups.
+
+    Near copies are joined in chains: of the slices of a volume, each is a near copy of the next. That is right for
+    what must not be divided. To find what two splits share, compare the images directly, see
+    [`~medst_trl.data.overlap.Overlap`].
 
     Args:
         records (iterable of `tuple`):
             For each record its `image_id`s and its group ids. A group id may be None.
-        copies (iterable of `tuple[str, str]`, *optional*):
-            Pairs of `image_id`s of near copies, see [`~medst_trl.data.near_copies.near_copies`].
+        near (`dict`, *optional*):
+            `image_id` to its near copies, see [`~medst_trl.data.near_copies.near_copies`].
         plain (collection of `str`, *optional*):
-            `image_id`s of images without structure.
+            `image_id`s of plain images.
     """
 
     def __init__(
         self,
         records: Iterable[tuple[Collection[str], Collection[str | None]]],
-        copies: Iterable[tuple[str, str]] = (),
+        near: Mapping[str, Iterable[str]] = MappingProxyType({}),
         plain: Collection[str] = (),
     ) -> None:
-        records, copies, groups_of = list(records), list(copies), defaultdict(set)
+        records, groups_of = list(records), defaultdict(set)
         for image_ids, groups in records:
             for image_id in image_ids:
                 groups_of[image_id] |= {*groups} - {None}
         keys = [_keys(image_ids, groups, plain) for image_ids, groups in records]
-        for one, other in copies:
+        self._same = representatives(keys)
+        groups = sorted((key for key in self._same if key.startswith("~")), reverse=True)
+        self._groups = {self._same[key]: key[1:] for key in groups}  # the smallest one wins
+        for one, other in ((one, other) for one, copies in near.items() for other in copies):
             if not (groups_of[one] and groups_of[other]) or groups_of[one] & groups_of[other]:
                 keys.append([one, other])
-        self._copies, self._joined = representatives(copies), representatives(keys)
-
-    def image(self, image_id: str) -> str:
-        """Return one `image_id` for an image and all its near copies."""
-        return self._copies.get(image_id, image_id)
+        self._joined = representatives(keys)
 
     def of(self, image_ids: Collection[str], group: str | None, default: str) -> str:
-        """Return the name of all that belongs together with a record; `default` if it has neither image nor group."""
+        """Return the name of all that is joined with a record; `default` if it has neither image nor group."""
         return next((self._joined[key] for key in _keys(image_ids, [group])), default)
+
+    def group(self, image_ids: Collection[str], groups: Collection[str | None]) -> str | None:
+        """
+        Return one group for all records that share a group or an image: the smallest of theirs. So an image that two
+        groups have does not hide one of them. Near copies do not count.
+        """
+        return next((self._groups.get(self._same[key]) for key in _keys(image_ids, groups)), None)
 
 
 def _keys(image_ids: Collection[str], groups: Collection[str | None], plain: Collection[str] = ()) -> list[str]:
-    # Behind all image ids in the alphabet: then an image id names what is joined, which does not depend on the salt.
+    # `~` sorts after hexadecimal digits, so that `min` prefers an image id, which does not depend on the salt.
     names = [f"~{group}" for group in groups if group is not None]
     return [*names, *(image_id for image_id in image_ids if not (names and image_id in plain))]
 

@@ -9,7 +9,7 @@ originals by at least 76. Copies that lost 5% of width and height differ by 50 b
 are mirrored or rotated ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -37,7 +37,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
     pixels = np.asarray(gray.convert("F").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))
     waves = _waves() @ pixels @ _waves().T
     waves -= np.median(waves)
-    if np.median(np.abs(waves)) < _MIN_CONTRAST:
+    if np.quantile(np.abs(waves), 1 / 8) < _MIN_CONTRAST:
         return None
     return np.packbits(waves > 0).tobytes().hex()
 
@@ -49,25 +49,23 @@ def _waves() -> np.ndarray:
     return np.sqrt(2 / _SIDE) * np.cos(angles)
 
 
-def near_copies(
-    first: Mapping[str, str | None], second: Mapping[str, str | None], bits: int
-) -> Iterator[tuple[str, str]]:
+def near_copies(first: Mapping[str, str | None], second: Mapping[str, str | None], bits: int) -> dict[str, set[str]]:
     """
     Find the images of two collections whose hashes differ by at most `bits`.
 
     Args:
         first, second (`dict`):
-            `image_id` to hash; images without a hash are left out. If they are the same object, each pair is found
-            once.
+            `image_id` to hash; images without a hash are left out. They may be the same object.
         bits (`int`):
             Largest number of different bits. 0 finds nothing.
 
-    Yields:
-        `tuple[str, str]`: an `image_id` of `first` and another one of `second`.
+    Returns:
+        `dict`: an `image_id` of `first` to its near copies in `second`, if it has any. An image is not its own copy.
     """
+    near: dict[str, set[str]] = {}
     names, others = ([name for name, code in hashes.items() if code] for hashes in (first, second))
     if not bits or not names or not others:
-        return
+        return near
     codes, other_codes = (
         np.frombuffer(bytes.fromhex("".join(hashes[name] for name in kept)), np.uint64).reshape(len(kept), -1)
         for hashes, kept in ((first, names), (second, others))
@@ -85,5 +83,7 @@ def near_copies(
 
     for places in ordered_map(compare, range(0, len(names), rows), cores()):
         for row, column in places:
-            if names[row] != others[column] and (first is not second or row < column):
-                yield names[row], others[column]
+            for one, other in [(row, column), (column, row)][: 1 + (first is second)]:
+                if names[one] != others[other]:
+                    near.setdefault(names[one], set()).add(others[other])
+    return near

@@ -1,18 +1,25 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What two collections of images and questions share: images, near copies, groups and questions."""
+"""
+What data shares with a benchmark or another split: images, near copies, groups and questions.
 
+An [`Inventory`] collects these of a dataset, and compares records of other data with them.
+"""
+
+import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .groups import salt_of
 from .schema import text_of
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
 
 
 @dataclass
@@ -23,19 +30,19 @@ class Inventory:
     Attributes:
         questions (`dict`): `image_id` to the normalized questions about the image.
         texts (`set`): Normalized questions about any image or none.
-        groups (`dict`): `image_id` to the groups of the image. An image that is a group of its own has none.
-        hashes (`dict`): `image_id` to the near hash; None for an image without contrast.
+        members (`dict`): Group, without the digits of its salt (see `salt_of`), to its images.
+        salts (`set`): These digits. Groups of other salts or of another kind cannot be compared.
+        near (`dict`): `image_id` of other images to their near copies, see
+            [`~medst_trl.data.near_copies.near_copies`].
+        hashes (`dict`): `image_id` to the near hash; None for a plain image.
     """
 
     questions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     texts: set[str] = field(default_factory=set)
-    groups: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    members: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     hashes: dict[str, str | None] = field(default_factory=dict)
-
-    @property
-    def salts(self) -> set[str]:
-        """The salts with which its groups were hashed. Groups of other salts cannot be compared with them."""
-        return {salt_of(group) for groups in self.groups.values() for group in groups}
+    salts: set[str] = field(default_factory=set)
+    near: Mapping[str, Set[str]] = field(default_factory=dict)
 
     def add(self, dataset: "Dataset", hashes: Mapping[str, str | None] | None, only: Set[str] | None = None) -> None:
         """
@@ -43,8 +50,8 @@ class Inventory:
 
         Args:
             dataset (`datasets.Dataset`): A benchmark, conversations or preference pairs.
-            hashes (`dict`): Near hashes that are known.
-            only (`set`, *optional*): Leave out rows with none of these images.
+            hashes (`dict` or `None`): Near hashes that are known; None if none are needed.
+            only (`set`, *optional*): Use only rows with at least one of these images, and rows without images.
         """
         from .identify import hash_images  # loads NumPy and Pillow
 
@@ -52,15 +59,39 @@ class Inventory:
         for number, (images, group, texts) in enumerate(_rows(dataset)):
             if only is not None and images and only.isdisjoint(images):
                 continue
-            self.texts.update(texts)
-            for image in images:
-                self.questions[image] += texts
-                if group is not None:
-                    self.groups[image].add(group)
-            if not hashes.keys() >= {*images}:
+            self.add_record(images, group, texts)
+            if hashes is not None and not hashes.keys() >= {*images}:
                 missing.append(number)
-        found = hash_images(dataset.select(missing)) | hashes if missing else hashes
+        found = hash_images(dataset.select(missing)) | hashes if missing else hashes or {}
         self.hashes |= {image: found[image] for image in self.questions if image in found}
+
+    def add_record(self, image_ids: Collection[str], group: str | None, questions: Iterable[str] = ()) -> None:
+        """Add the images of a record, its group, and its normalized questions."""
+        self.texts.update(questions)
+        for image in image_ids:
+            self.questions[image] += questions
+        if group:
+            salt, _, key = group.rpartition("-")
+            self.salts.add(salt)
+            self.members[key] |= {*image_ids}
+
+    def relation(self, image_ids: Collection[str], group: str | None = None, question: str | None = None) -> tuple:
+        """
+        Return how a record of other data is related to these. Near copies are those in `near`: a near copy of a near
+        copy does not count.
+
+        Returns:
+            `tuple[str, str | None]`: the first that is true of `"question"` (this normalized question is asked about
+            one of the images or a near copy), `"image"`, `"near_copy"`, `"group"` and `"nothing"`; with the question,
+            image or group that is shared.
+        """
+        copies = sorted(copy for image in image_ids for copy in self.near.get(image, ()))
+        if any(question in self.questions.get(image, ()) for image in (*image_ids, *copies)):
+            return "question", question
+        for relation, images in (("image", image_ids), ("near_copy", copies)):
+            if found := next((image for image in images if image in self.questions), None):
+                return relation, found
+        return ("group", group) if group and group.rpartition("-")[2] in self.members else ("nothing", None)
 
 
 def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]]]:
@@ -73,9 +104,29 @@ def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]
             messages = row.get("messages") or row.get("prompt") or ()
             texts = [text_of(message["content"]) for message in messages if message["role"] == "user"]
         images = row["image_ids"] if "image_ids" in row else [row["image_id"]]
-        yield images, row.get("group_id"), list(map(plain_question, texts))
+        yield images, row.get("group_id"), list(map(normalised, texts))
+
+
+def why_groups_differ(benchmark: Inventory, training: Inventory) -> str | None:
+    """
+    Return why groups that a benchmark shares with training data may not be found; None if all are found. Groups that
+    are found are shared in any case.
+    """
+    for name, inventory in (("benchmark", benchmark), ("training data", training)):
+        if not inventory.salts:
+            return f"the {name} has no groups"
+    if not benchmark.salts <= training.salts:
+        return "groups of another kind, or hashed with another salt"
+    missing = training.questions.keys() - set().union(*training.members.values())
+    return f"{len(missing):,} training images have no group" if missing else None
+
+
+def normalised(text: str) -> str:
+    """Return the words of a text in lower case without punctuation; the whole text if it has no words."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_WORD.findall(plain)) or plain.strip()
 
 
 def plain_question(text: str) -> str:
-    """Normalize a question for comparison: lower case, single spaces."""
+    """Return a question in lower case with single spaces. `prepare` compares questions of a source like this."""
     return " ".join(text.lower().split())

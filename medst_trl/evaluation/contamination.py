@@ -53,27 +53,26 @@ def count_shared(
     """
     from medst_trl.data.near_copies import near_copies
 
-    near, members = defaultdict(set), defaultdict(set)
+    near, same_group = defaultdict(set), defaultdict(set)
     for one in training:
-        for image, other in near_copies(benchmark.hashes, one.hashes, near_copy_bits):
-            near[image].add(other)
-        for image, groups in one.groups.items():
-            for group in groups:
-                members[group].add(image)
+        for image, copies in near_copies(benchmark.hashes, one.hashes, near_copy_bits).items():
+            near[image] |= copies
+        for group, images in benchmark.members.items():
+            for image in images:
+                same_group[image] |= one.members.get(group, set())
     all_texts = set().union(*(one.texts for one in training))
     found = dict.fromkeys(FIGURES, 0)
     for image, texts in benchmark.questions.items():
-        same_group = set().union(*(members.get(group, ()) for group in benchmark.groups.get(image, ())))
-        related = same_group | near[image] | {image}
+        related = same_group[image] | near[image] | {image}
         known = set().union(*(one.questions.get(other, ()) for one in training for other in related))
         found["exact"] += image in image_ids
         found["near"] += image not in image_ids and bool(near[image])
-        found["groups"] += bool(same_group)
+        found["groups"] += bool(same_group[image])
         found["questions"] += sum(text in known for text in texts)
         found["texts"] += sum(text in all_texts for text in texts)
     hashed = sum(code is not None for code in benchmark.hashes.values())
     questions = sum(map(len, benchmark.questions.values()))
-    of = {"exact": len(benchmark.questions), "near": hashed, "groups": len(benchmark.groups)}
+    of = {"exact": len(benchmark.questions), "near": hashed, "groups": len(set().union(*benchmark.members.values()))}
     return {name: {"n": found[name], "of": of.get(name, questions)} for name in FIGURES}
 
 

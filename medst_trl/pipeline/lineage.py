@@ -22,7 +22,7 @@ from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revisio
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.identify import image_ids_of
 from medst_trl.data.loading import fingerprint_dataset, load_records
-from medst_trl.data.overlap import Inventory
+from medst_trl.data.overlap import Inventory, why_groups_differ
 from medst_trl.evaluation.contamination import FIGURES, count_shared
 
 from .record import RECORD_FILE, read_record
@@ -282,13 +282,13 @@ def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dat
             if not (bits and any(tested.hashes.values())):
                 reason = "all images of the benchmark are too plain" if bits else "near_copy_bits is 0"
                 not_checked.setdefault("near", reason)
-            if tested.salts.isdisjoint(inventory.salts):
-                not_checked.setdefault("groups", "no groups, or groups hashed with another salt")
+            if reason := why_groups_differ(tested, inventory):
+                not_checked.setdefault("groups", reason)
             compared.append(source | {"not_checked": not_checked})
         figures: dict[str, dict[str, int | None]] = count_shared(tested, inventories, ids, bits)
         for name, figure in figures.items():
             if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
-                figure["n"] = None
+                figure["n"] = figure["n"] or None
         yield {"figures": figures, "compared": compared, "near_copy_bits": bits}
 
 

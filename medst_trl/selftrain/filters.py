@@ -3,18 +3,17 @@
 """Filters of sampled questions, and of answers that are too similar to be compared."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from medst_trl.data.overlap import normalised
 from medst_trl.engines.engine import Reply
 
 
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also full-width and Arabic
 _SENTENCE_END = re.compile(r"(?<=[.!?:;。])\s+|\n")
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
 _BLANKS_AND_CLOSING = " \t\r\n\"'”’)]}*_.:"
 
 # First words of questions without a question mark. "When" also opens statements: "When the lesion is large, ...".
@@ -104,12 +103,6 @@ def is_question(text: str) -> bool:
         return True
     follow = _AUXILIARIES if words[0] == "when" else _QUESTION_WORDS if words[0] in _PREPOSITIONS else ()
     return len(words) > 1 and words[1] in follow
-
-
-def normalised(text: str) -> str:
-    """Return the words of a text in lower case without punctuation; the whole text if it has no words."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_WORD.findall(plain)) or plain.strip()
 
 
 def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | None:

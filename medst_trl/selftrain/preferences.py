@@ -5,14 +5,14 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw
-from medst_trl.data.groups import NEAR_COPY_BITS, Grouping, salt_of
-from medst_trl.data.overlap import plain_question
+from medst_trl.data.groups import NEAR_COPY_BITS, Grouping
+from medst_trl.data.overlap import Inventory, why_groups_differ
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -38,9 +38,9 @@ class Preferences:
             `id`, `reason` and `value` of each dropped pair.
         counts (`dict`):
             `pairs` (all input pairs), `train` and `validation` (pairs, images), `rejected` (number by reason, most
-            frequent first), `shared_with_benchmarks` (pairs by what they share; `near_copy` and `group` are missing if
-            nothing has hashes or groups, and None if groups have other salts) and `lengths` (see
-            [`length_statistics`], by split).
+            frequent first), `shared_with_benchmarks` (pairs by what they share; without `near_copy` or `group` if the
+            benchmarks have no hashes or groups, and with None for groups that cannot be compared),
+            `groups_not_compared` (why; only if some cannot) and `lengths` (see [`length_statistics`], by split).
     """
 
     train: list[dict] = field(default_factory=list)
@@ -133,7 +133,7 @@ def select_preferences(
     pairs: Sequence[dict],
     rejected: Iterable[Rejected] = (),
     *,
-    benchmarks: Sequence["Dataset"] = (),
+    benchmarks: Iterable["Dataset"] = (),
     keep_benchmark_images: bool = False,
     near_hashes: Mapping[str, str | None] | None = None,
     near_copy_bits: int = NEAR_COPY_BITS,
@@ -154,7 +154,7 @@ def select_preferences(
             Rows as in [`Preferences`]; `group_id` may be missing.
         rejected (iterable of [`Rejected`], *optional*):
             Records dropped earlier; reported and counted with the rest.
-        benchmarks (sequence of `datasets.Dataset`, *optional*):
+        benchmarks (iterable of `datasets.Dataset`, *optional*):
             Evaluation benchmarks (columns `image_id`, `questions`, optionally `group_id` and `image`). Pairs about
             their images, near copies of these, or other images of their groups are dropped; pairs that only share a
             question with them are counted.
@@ -177,18 +177,22 @@ def select_preferences(
     """
     from medst_trl.data.near_copies import near_copies
 
-    rejected, near_hashes = list(rejected), near_hashes or {}
+    rejected, images, held = list(rejected), Inventory(hashes=near_hashes or {}), Inventory()
     total = len(pairs) + len(rejected)
-    shared, counts_shared = _shared_with_benchmarks(pairs, benchmarks, near_hashes, near_copy_bits)
-    copies = list(near_copies(near_hashes, near_hashes, near_copy_bits))
-    plain = {image_id for image_id, code in near_hashes.items() if code is None}
+    for pair in pairs:
+        images.add_record(pair["image_ids"], pair.get("group_id"))
+    for benchmark in benchmarks:
+        held.add(benchmark, {} if images.hashes and near_copy_bits and "image" in benchmark.column_names else None)
+    shared, counts_shared = _shared_with_benchmarks(pairs, images, held, near_copy_bits)
+    near = near_copies(images.hashes, images.hashes, near_copy_bits)
+    plain = {image_id for image_id, code in images.hashes.items() if code is None}
+    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), near, plain)
     usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
-        usable = _without(
-            usable, near_duplicates(usable, duplicate_similarity, copies), "near_duplicate_question", rejected
-        )
-    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed, copies, plain), strict=True))
+        repeated = near_duplicates(usable, duplicate_similarity, grouping)
+        usable = _without(usable, repeated, "near_duplicate_question", rejected)
+    splits = dict(zip(("train", "validation"), _split(usable, validation_share, seed, grouping), strict=True))
     if length_balanced:
         for name, rows in splits.items():
             splits[name] = _without(rows, length_imbalance(rows, seed), "length_balance", rejected)
@@ -196,50 +200,34 @@ def select_preferences(
         "pairs": total,
         **{name: _count(rows) for name, rows in splits.items()},
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
-        "shared_with_benchmarks": counts_shared,
+        **counts_shared,
         "lengths": {name: length_statistics(rows) for name, rows in splits.items() if rows},
     }
     return Preferences(**splits, rejected=[item.as_row() for item in rejected], counts=counts)
 
 
 def _shared_with_benchmarks(
-    pairs: Sequence[dict], benchmarks: Iterable["Dataset"], near_hashes: Mapping[str, str | None], near_copy_bits: int
-) -> tuple[list[str], dict[str, int | None]]:
+    pairs: Sequence[dict], images: Inventory, held: Inventory, near_copy_bits: int
+) -> tuple[list[str], dict[str, Any]]:
     """
     Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
-    `"question"` or `"nothing"`; and how many share each.
+    `"question"` or `"nothing"`; and the counts of [`Preferences`] about it.
     """
-    from medst_trl.data.identify import hash_images
     from medst_trl.data.near_copies import near_copies
 
-    questions_of, groups, hashes = defaultdict(set), set(), {}
-    for benchmark in benchmarks:
-        columns = [name for name in benchmark.column_names if name in ("image_id", "questions", "group_id")]
-        for row in benchmark.select_columns(columns):  # no image is decoded
-            questions_of[row["image_id"]] |= {plain_question(item["question"]) for item in row["questions"]}
-            groups.add(row.get("group_id"))
-        if near_hashes and near_copy_bits and "image" in benchmark.column_names:
-            hashes |= hash_images(benchmark)
-    all_questions = set().union(*questions_of.values())
-    copied = {image for image, _ in near_copies(near_hashes, hashes, near_copy_bits)}
-    own, groups = {pair.get("group_id") for pair in pairs} - {None}, groups - {None}
-
-    def shared(pair: dict) -> str:
-        question = plain_question(_text(pair, "prompt"))
-        asked = [questions_of[image] for image in pair["image_ids"] if image in questions_of]
-        if asked:
-            return "image_and_question" if any(question in questions for questions in asked) else "image"
-        if not copied.isdisjoint(pair["image_ids"]):
-            return "near_copy"
-        if pair.get("group_id") in groups:
-            return "group"
-        return "question" if question in all_questions else "nothing"
-
-    found = [shared(pair) for pair in pairs]
-    compared = ["image_and_question", "image", *(["near_copy"] if hashes else []), "question"]
-    counts = {what: found.count(what) for what in compared}
-    if own and groups:
-        counts["group"] = found.count("group") if set(map(salt_of, own)) & set(map(salt_of, groups)) else None
+    found, held.near = [], near_copies(images.hashes, held.hashes, near_copy_bits)
+    for pair in pairs:
+        question = normalised(_text(pair, "prompt"))
+        relation, _ = held.relation(pair["image_ids"], pair.get("group_id"), question)
+        alone = "question" if question in held.texts else "nothing"
+        found.append({"question": "image_and_question", "nothing": alone}.get(relation, relation))
+    is_hashed = images.hashes and held.hashes and near_copy_bits
+    compared = ["image_and_question", "image", *(["near_copy"] if is_hashed else []), "question"]
+    counts = {"shared_with_benchmarks": {what: found.count(what) for what in compared}}
+    if held.salts and pairs:
+        reason = why_groups_differ(held, images)
+        counts["shared_with_benchmarks"]["group"] = found.count("group") or (None if reason else 0)
+        counts |= {"groups_not_compared": reason} if reason else {}
     return found, counts
 
 
@@ -285,11 +273,9 @@ def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
     return duplicates
 
 
-def near_duplicates(
-    pairs: Sequence[dict], similarity: float, copies: Iterable[tuple[str, str]] = ()
-) -> dict[int, str]:
+def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping) -> dict[int, str]:
     """
-    Find pairs that ask nearly the same about the same images, or about the same group, as another pair.
+    Find pairs that ask nearly the same as another pair about the same images, near copies of these, or the same group.
 
     The pair with the larger margin between its scores stays, of equal ones the first. Pairs of one candidate (a
     question with four answers makes two pairs) do not count as duplicates of each other.
@@ -297,15 +283,15 @@ def near_duplicates(
     Args:
         pairs (`list[dict]`): Rows as in [`Preferences`].
         similarity (`float`): Minimum share of common words among all words of two questions.
-        copies (iterable of `tuple`, *optional*): Pairs of `image_id`s of near copies, which count as the same image.
+        grouping ([`Grouping`]): What belongs together.
 
     Returns:
         `dict[int, str]`: position of each near duplicate, with the question of the pair that stays.
     """
-    kept, duplicates, grouping = defaultdict(list), {}, Grouping((), copies)
+    kept, duplicates = defaultdict(list), {}
     for place, pair in _by_margin(pairs):
         words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
-        about_same_images = kept[pair.get("group_id") or tuple(map(grouping.image, pair["image_ids"]))]
+        about_same_images = kept[grouping.of(pair["image_ids"], pair.get("group_id"), "")]
         for others, other in about_same_images:
             if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
                 duplicates[place] = _text(other, "prompt")
@@ -338,16 +324,13 @@ def _without(pairs: list[dict], dropped: Mapping[int, Any], reason: str, rejecte
     return [pair for place, pair in enumerate(pairs) if place not in dropped]
 
 
-def _split(
-    pairs: list[dict], validation_share: float, seed: int, *similar: Collection
-) -> tuple[list[dict], list[dict]]:
-    """Return train and validation pairs. What belongs together is not divided; for `similar` see [`Grouping`]."""
-    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), *similar)
+def _split(pairs: list[dict], share: float, seed: int, grouping: Grouping) -> tuple[list[dict], list[dict]]:
+    """Return train and validation pairs. What belongs together is not divided."""
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [grouping.of(pair["image_ids"], pair.get("group_id"), pair["id"]) for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
-    limit = validation_share
-    if validation_share > 0 and len(draws) > 1:  # at least one image, even of a few
+    limit = share
+    if share > 0 and len(draws) > 1:  # at least one image, even of a few
         limit = max(limit, math.nextafter(min(draws.values()), 1.0))
     train, validation = [], []
     for pair, key in zip(pairs, keys, strict=True):

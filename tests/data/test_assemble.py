@@ -1,14 +1,18 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medst_trl.data.assemble import conversations_about_image, hold_out, split_off_validation
-from medst_trl.data.groups import Grouping
+from medst_trl.data.assemble import assemble, conversations_about_image, hold_out, split_off_validation
+from medst_trl.data.groups import GroupIds, Grouping
+from medst_trl.data.image_index import ImageIndex
 from medst_trl.data.schema import text_of
-from medst_trl.data.source import Conversation, Question
+from medst_trl.data.source import Conversation, Question, Records, Rejected
 
 
 def question(name, image="a", split="train", text=None, link=None):
@@ -23,22 +27,24 @@ def test_overlapping_pairs_are_found_by_pixels_and_normalized_text():
         question("other image", "b", "train", "Is it normal?"),
         question("other words", "a", "train"),
     ]
-    splits, counts = hold_out(questions, ids)
+    splits, counts, removed = hold_out(questions, ids)
     assert [q.id for q in splits["train"]] == ["other image", "other words"]
-    assert counts == {
-        "images_in_train_and_test": 1,
-        "pairs_in_train_and_test": 1,
-        "questions_removed_for_pairs_in_train_and_test": 1,
-    }
-    splits, counts = hold_out(questions, ids, disjoint="image")
+    assert counts == {"images_in_train_and_test": 1, "pairs_in_train_and_test": 1}
+    assert removed == [Rejected("same", "question_in_test", "copy of a, is it normal?")]
+    splits, counts, removed = hold_out(questions, ids, disjoint="image")
     assert [q.id for q in splits["train"]] == ["other image"]
-    assert counts["questions_removed_for_images_in_train_and_test"] == 1
+    assert [(item.id, item.reason) for item in removed[1:]] == [("other words", "image_in_test")]
 
 
 def test_an_overlap_of_zero_is_reported():
     assert hold_out([question("x")], {"a": "1"})[1] == {"images_in_train_and_test": 0}
     apart = [question("x"), question("y", "b", "test")]
     assert hold_out(apart, {"a": "1", "b": "2"})[1] == {"images_in_train_and_test": 0}
+
+
+def divided(conversations, ids, fraction, seed):
+    members = [([ids[name] for name in record.images], [record.group]) for record in conversations]
+    return split_off_validation(conversations, ids, fraction, seed, Grouping(members))
 
 
 image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
@@ -48,7 +54,7 @@ image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
 def test_validation_shares_no_image_with_train(images, fraction, seed, random):
     ids = {str(n): f"id{n % 20}" for n in range(31)}  # some images have two names
     conversations = [Conversation(f"c{n}", tuple(map(str, names)), []) for n, names in enumerate(images)]
-    split = split_off_validation(conversations, ids, fraction, seed)
+    split = divided(conversations, ids, fraction, seed)
     assert [item.id for item in split] == [item.id for item in conversations]
     seen = {
         s: {ids[name] for conversation in split if conversation.split == s for name in conversation.images}
@@ -56,9 +62,7 @@ def test_validation_shares_no_image_with_train(images, fraction, seed, random):
     }
     assert seen["train"].isdisjoint(seen["validation"])
     shuffled = random.sample(conversations, len(conversations))
-    splits_by_id = {
-        conversation.id: conversation.split for conversation in split_off_validation(shuffled, ids, fraction, seed)
-    }
+    splits_by_id = {conversation.id: conversation.split for conversation in divided(shuffled, ids, fraction, seed)}
     assert splits_by_id == {conversation.id: conversation.split for conversation in split}
 
 
@@ -66,9 +70,9 @@ def test_validation_has_about_the_requested_fraction():
     conversations = [Conversation(str(n), (str(n),), []) for n in range(2000)]
     ids = {str(n): f"{n:064d}" for n in range(2000)}
     for seed in (0, 1):
-        split = split_off_validation(conversations, ids, 0.2, seed)
+        split = divided(conversations, ids, 0.2, seed)
         assert 340 < sum(conversation.split == "validation" for conversation in split) < 460
-    assert all(conversation.split == "train" for conversation in split_off_validation(conversations, ids, 0.0, 0))
+    assert all(conversation.split == "train" for conversation in divided(conversations, ids, 0.0, 0))
 
 
 def test_paraphrases_are_spread_over_conversations():
@@ -95,29 +99,34 @@ def test_groups_and_near_copies_are_reported_and_kept_apart():
         replace(question("other", "f"), group="S"),
         Conversation("talk", ("g",), [{"role": "user"}], group="Q"),
     ]
-    grouping = Grouping(
-        [([record.image], [record.group]) for record in test + train[:4]] + [(["g"], ["Q"])], [("b", "d")]
-    )
     reported = {
         "images_in_train_and_test": 0, "near_copies_in_train_and_test": 1, "groups_in_train_and_test": 2,
     }  # fmt: skip
     for disjoint, left, removed in (
         ("none", [record.id for record in train], {}),
-        ("image", ["same group", "group of the near copy", "other", "talk"], {"questions_removed_for_images": 1}),
+        (
+            "image",
+            ["same group", "group of the near copy", "other", "talk"],
+            {"near copy": ("near_copy_in_test", "d, b")},
+        ),
         (
             "group",
             ["group of the near copy", "other"],
-            {"questions_removed_for_groups": 2, "conversations_removed_for_groups": 1},
+            {
+                "same group": ("group_in_test", "c, P"),
+                "near copy": ("near_copy_in_test", "d, b"),
+                "talk": ("group_in_test", "g, Q"),
+            },
         ),
     ):
-        splits, counts = hold_out(test + train, ids, disjoint, grouping)
+        splits, counts, rejected = hold_out(test + train, ids, disjoint, {"d": {"b"}})
         assert [record.id for record in splits["train"]] == left and splits["test"] == test
-        assert counts == reported | {f"{name}_in_train_and_test": number for name, number in removed.items()}
+        assert counts == reported and {item.id: (item.reason, item.value) for item in rejected} == removed
 
 
 def test_the_question_of_a_near_copy_is_removed_like_that_of_the_image():
     questions = [question("held", "a", "test", "Normal?"), question("copy", "b", "train", "normal?")]
-    splits, counts = hold_out(questions, {"a": "1", "b": "2"}, "none", Grouping((), [("1", "2")]))
+    splits, counts, _ = hold_out(questions, {"a": "1", "b": "2"}, "none", {"2": {"1"}})
     assert splits["train"] == [] and counts["pairs_in_train_and_test"] == 1
     assert counts["near_copies_in_train_and_test"] == 1 and counts["images_in_train_and_test"] == 0
 
@@ -129,8 +138,76 @@ def test_validation_shares_no_group_with_train(members, fraction):
         Conversation(f"c{n}", (str(image),), [], group=group and f"P{group}")
         for n, (image, group) in enumerate(members)
     ]
-    split = split_off_validation(conversations, ids, fraction, seed=1)
+    split = divided(conversations, ids, fraction, seed=1)
     sides = [[item for item in split if item.split == side] for side in ("train", "validation")]
     for part in (lambda item: item.images[0], lambda item: item.group):
         train, validation = ({part(item) for item in side} - {None} for side in sides)
         assert train.isdisjoint(validation)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Assemble records whose images have the names and ids a, b, c ..., and near hashes of these bits."""
+
+    def run(records, hashes=None, **options):
+        talks = [record for record in records if not isinstance(record, Question)]
+        questions = [record for record in records if isinstance(record, Question)]
+        own = Records("own", Path("images"), conversations=talks, questions=questions)
+        names = {name: name for record in records for name in record.images}
+        index = ImageIndex(names, {}, {}, {name: f"{bits:064x}" for name, bits in (hashes or {}).items()}, {})
+        return assemble(own, index, groups=GroupIds(tmp_path / "salt"), **options)
+
+    return run
+
+
+def chain(count: int) -> dict[str, int]:
+    """Return hashes of which each differs from the next by 4 bits, as those of the slices of a volume."""
+    return {f"slice{number:02}": (1 << 4 * number) - 1 for number in range(count)}
+
+
+@pytest.mark.parametrize("disjoint", ["none", "image", "group"])
+def test_near_copies_of_near_copies_stay_in_train(made, disjoint):
+    """Of the slices of a volume, each is a near copy of the next, but the first is none of the last."""
+    hashes = chain(60)
+    records = [question(name, name, "test" if name >= "slice50" else "train", "Normal?") for name in hashes]
+    rows, rejected, counts = made(records, hashes, disjoint=disjoint)
+    assert {item.value.split(",")[0] for item in rejected} == {"slice48", "slice49"}  # 10 bits are two steps
+    assert counts["notes"]["near_copies_in_train_and_test"] == 2
+    assert len(rows["instruct", "train"]) == 48 and len(rows["benchmark", "test"]) == 10
+    assert counts["notes"]["images_kept_together"].startswith("60 of 60")
+
+
+def test_what_belongs_together_is_not_divided_and_an_empty_validation_split_is_noted(made):
+    talks = [Conversation(name, (name,), [{"role": "user"}]) for name in chain(20)]
+    rows, _, counts = made(talks, chain(20), validation_fraction=0.001)
+    assert len(rows["instruct", "train"]) == 20 and counts["notes"]["validation_split"].startswith("empty")
+    rows, _, counts = made(talks, chain(20), validation_fraction=0.999)
+    assert len(rows["instruct", "validation"]) == 20 and "validation_split" not in counts["notes"]
+
+
+def unlabeled_test_images_of_validation_are_left_out(made):
+    records = []
+    for patient in "PQRSTU":
+        records.append(question(patient, f"{patient}1", text="Normal?"))
+        records += [Conversation(f"{patient}{n}", (f"{patient}{n}",), []) for n in (1, 2)]
+    records = [replace(record, group=record.id[0]) for record in records] + [Conversation("alone", ("x",), [])]
+    rows, rejected, _ = made(records, validation_fraction=0.5)
+    validation = {row["group_id"] for row in rows["instruct", "validation"]}
+    assert 0 < len(validation) < 6
+    assert Counter(item.reason for item in rejected) == {"drawn_for_validation": 2 * len(validation)}
+    left = [row["group_id"] for row in rows["images", "train"]]
+    assert validation.isdisjoint(left) and len(left) == 2 * (6 - len(validation)) + 1
+    # An image that belongs to no conversation is never drawn.
+    records = [Conversation(str(n), (str(n),), []) for n in range(30)]
+    assert len(made(records, validation_fraction=0.9).rows["images", "train"]) == 30
+
+
+def test_all_rows_of_an_image_of_two_patients_have_one_group(made):
+    test = [replace(question("1", "x", "test"), group="P"), replace(question("2", "x", "test"), group="Q")]
+    train = [replace(question("3", "p"), group="P"), replace(question("4", "q"), group="Q"), question("5", "x")]
+    rows, _, counts = made([*test, *train, question("6", "other")])
+    [group] = {row["group_id"] for row in rows["benchmark", "test"]}
+    assert [row["group_id"] for row in rows["instruct", "train"]] == [group, group, group, None]
+    assert counts["notes"]["groups_in_train_and_test"] == 1 and counts["notes"]["records_without_group"] == 1
+    _, rejected, counts = made([*test, *train], disjoint="group")
+    assert len(rejected) == 3 and counts["notes"]["train_split"].startswith("empty")

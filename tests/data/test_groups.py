@@ -98,6 +98,10 @@ def test_files_beside_each_other_in_the_directory_of_images_are_no_group(tmp_pat
     assert ids.of_image("stack.tif#1", {"series": "Se"}) == ids.of_key("Se")  # but the frames of a file are
 
 
+def near(pairs) -> dict[str, set[str]]:
+    return {one: {b for a, b in pairs if a == one} for one, _ in pairs}
+
+
 records = st.lists(
     st.tuples(st.lists(st.sampled_from("0123456789"), max_size=3), st.lists(st.sampled_from("PQRS"), max_size=2)),
     max_size=12,
@@ -107,7 +111,7 @@ copies = st.lists(st.tuples(st.sampled_from("0123456789"), st.sampled_from("0123
 
 @given(records, copies, st.sets(st.sampled_from("0123456789"), max_size=3))
 def test_records_belong_together_if_a_chain_of_shared_images_copies_and_groups_connects_them(records, copies, plain):
-    grouping = Grouping(records, copies, plain)
+    grouping = Grouping(records, near(copies), plain)
     groups_of = {
         name: {group for images, groups in records if name in images for group in groups} for name in "0123456789"
     }
@@ -131,11 +135,13 @@ def test_black_slices_and_similar_pages_do_not_join_patients():
     """Otherwise a hospital would be one group, which is drawn as a whole."""
     records = [([f"{patient}{n}" for n in "ab"] + ["black"], [patient]) for patient in "PQR"]
     records += [(["alone"], [None]), (["black"], [None])]
-    grouping = Grouping(records, [("Pa", "Qa"), ("Ra", "alone")], {"black"})
+    grouping = Grouping(records, near([("Pa", "Qa"), ("Ra", "alone")]), {"black"})
     names = [grouping.of(images, group, "") for images, [group] in records]
     assert len(set(names[:3])) == 3 and names[3] == names[2] and names[4] == "black"
 
 
-def test_near_copies_count_as_one_image():
-    grouping = Grouping([(["a"], [None])], [("b", "c"), ("c", "d")])
-    assert [grouping.image(name) for name in "abcd"] == ["a", "b", "b", "b"]
+def test_records_that_share_a_group_or_an_image_get_one_group_whatever_near_copies_they_have():
+    records = [(["a"], ["P"]), (["a"], ["Q"]), (["b"], ["Q"]), (["b", "c"], [None]), (["d"], ["R"]), (["e"], [None])]
+    records += [(["black", "f"], ["P"]), (["black", "g"], ["R"]), (["black"], [None])]
+    grouping = Grouping(records, near([("c", "e"), ("a", "d")]), {"black"})
+    assert [grouping.group(*record) for record in records] == ["P"] * 4 + ["R", None, "P", "R", None]

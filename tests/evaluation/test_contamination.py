@@ -92,7 +92,7 @@ def test_each_way_to_share_an_image_or_a_question_is_counted():
 
 def test_groups_of_another_salt_are_told_apart():
     made = inventory(conversations([picture(0), picture(1), picture(2)], ["Why?"], ["aaaaaa-1", "bbbbbb-1", None]))
-    assert made.salts == {"aaaaaa", "bbbbbb"} and len(made.groups) == 2
+    assert made.salts == {"aaaaaa", "bbbbbb"} and len(set().union(*made.members.values())) == 2
     own = inventory(conversations([picture(0), picture(1)], ["Why?"], ["P1", "P2"]))
     assert own.salts == {""}  # never hashed, so they can be compared
 
@@ -143,8 +143,8 @@ def inventories(draw):
     for image in draw(st.sets(IDS)):
         made.questions[image] += draw(st.lists(TEXTS, max_size=3))
         made.texts.update(made.questions[image])
-        if groups := draw(st.sets(GROUPS, max_size=2)):
-            made.groups[image] = groups
+        for group in draw(st.sets(GROUPS, max_size=2)):
+            made.members[group].add(image)
         if (bits := draw(st.none() | st.integers(0, 2**256 - 1) | st.integers(0, 255))) is not None:
             made.hashes[image] = f"{bits:064x}"
     return made
@@ -166,7 +166,8 @@ def test_the_figures_are_those_of_the_definition(tested, training, ids, bits):
         for one in training:
             for other in one.questions:
                 is_copy = other != image and is_near(tested.hashes.get(image), one.hashes.get(other))
-                same_group = bool(tested.groups.get(image, set()) & one.groups.get(other, set()))
+                shared = tested.members.keys() & one.members.keys()
+                same_group = any(image in tested.members[name] and other in one.members[name] for name in shared)
                 near, grouped = near or is_copy, grouped or same_group
                 related |= {other} if is_copy or same_group else set()
         known = {text for one in training for other in related for text in one.questions.get(other, ())}

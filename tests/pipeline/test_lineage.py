@@ -245,7 +245,7 @@ def evaluated(tmp_path) -> Path:
     tested = [row(picture(seed), questions=questions, group=f"aaaaaa-{seed:020}") for seed in range(4)]
     write_rows(write_stage(tmp_path / "prepare", "prepare") / "benchmark", tested, "test")
     write_rows(tmp_path / "a", [row(picture(0), asks="is it  NORMAL?"), row(picture(9), group=f"aaaaaa-{2:020}")])
-    write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group=f"bbbbbb-{1:020}")])
+    write_rows(tmp_path / "b", [row(picture(1, side=48), asks="Where?", group=f"bbbbbb-{7:020}")])
     write_base(tmp_path / "base")
     datasets = [tmp_path / "a", tmp_path / "b"]
     write_stage(tmp_path / "sft", "sft", model_name_or_path=tmp_path / "base", dataset=datasets)
@@ -276,8 +276,8 @@ def test_a_benchmark_is_compared_with_every_dataset_of_the_training(evaluated):
         ("b", "sft", 1),
     ]
     assert [one["not_checked"] for one in found["compared"]] == [
-        {},
-        {"groups": "no groups, or groups hashed with another salt"},
+        {"groups": "1 training images have no group"},
+        {"groups": "groups of another kind, or hashed with another salt"},
     ]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medst_trl import build_preferences
+from medst_trl.data.groups import Grouping
 from medst_trl.data.schema import image_part, text_of, text_part
 from medst_trl.selftrain.preferences import near_duplicates, select_preferences
 
@@ -219,7 +220,7 @@ def test_a_dropped_question_has_a_better_one_that_is_kept(questions):
          "row": number, "score_chosen": float(score), "score_rejected": 0.0}
         for number, (words, score) in enumerate(questions)
     ]  # fmt: skip
-    dropped = near_duplicates(pairs, similarity=0.4)
+    dropped = near_duplicates(pairs, 0.4, Grouping([(["one"], [])]))
     kept = {text_of(pair["prompt"][0]["content"]): pair for index, pair in enumerate(pairs) if index not in dropped}
     for index, winner in dropped.items():
         assert winner in kept and kept[winner]["score_chosen"] >= pairs[index]["score_chosen"]
@@ -266,17 +267,26 @@ def grouped(rows: list[dict], *groups: str | None) -> list[dict]:
 
 
 def test_groups_of_benchmarks_are_dropped_by_default():
-    candidates = grouped([candidate(n) for n in range(4)], "5a17ed-p", "5a17ed-q", None, "0ther0-p")
+    candidates = grouped([candidate(n) for n in range(4)], "5a17ed-p", "5a17ed-q", None, "0ther0-r")
     held = Dataset.from_list(grouped([{"image_id": "x", "questions": []}], "5a17ed-p"))
     preferences = build(candidates, benchmarks=[held])
     assert reasons(preferences) == {"r0#0": "group_in_benchmark"}
     assert preferences.counts["shared_with_benchmarks"]["group"] == 1
-    assert [pair["group_id"] for pair in preferences.train] == ["5a17ed-q", None, "0ther0-p"]
+    assert [pair["group_id"] for pair in preferences.train] == ["5a17ed-q", None, "0ther0-r"]
     kept = build(candidates, benchmarks=[held], keep_benchmark_images=True)
     assert len(kept.train) == 4 and kept.counts["shared_with_benchmarks"]["group"] == 1
-    # Ids of another salt cannot be compared, so the count is missing instead of 0.
-    assert build(candidates[3:], benchmarks=[held]).counts["shared_with_benchmarks"]["group"] is None
-    assert "group" not in build(candidates[2:3], benchmarks=[held]).counts["shared_with_benchmarks"]
+    # Groups that cannot be compared have no count instead of 0.
+    other = Dataset.from_list(grouped([{"image_id": "y", "questions": []}], "0ther0-z"))
+    for rows, benchmarks, reason in (
+        (candidates[3:], [held], "groups of another kind, or hashed with another salt"),
+        (candidates[:2], [other, held], "groups of another kind, or hashed with another salt"),
+        (candidates[2:3], [held], "the training data has no groups"),
+        (candidates[1:3], [held], "1 training images have no group"),
+    ):
+        counts = build(rows[-1:] if len(benchmarks) > 1 else rows, benchmarks=benchmarks).counts
+        assert counts["shared_with_benchmarks"]["group"] is None and counts["groups_not_compared"] == reason
+    counts = build(candidates[1:2], benchmarks=[held]).counts
+    assert counts["shared_with_benchmarks"]["group"] == 0 and "groups_not_compared" not in counts
 
 
 def test_near_copies_of_benchmark_images_are_dropped_by_default():
@@ -304,6 +314,12 @@ def test_near_duplicate_questions_are_found_in_a_group_and_about_near_copies():
         "r2#0",
         "r3#0",
     ]
+
+
+@pytest.mark.parametrize("groups", [(None, None, None), ("5a17ed-p", None, "5a17ed-q"), ("5a17ed-p",) * 3])
+def test_near_duplicate_questions_about_an_image_are_found_whatever_its_groups_are(groups):
+    rows = grouped([candidate(n, ["one"], "Is it dark?", (f"yes {n}", "no")) for n in range(3)], *groups)
+    assert list(reasons(build(rows)).values()) == ["near_duplicate_question"] * 2
 
 
 @given(st.lists(st.none() | st.integers(0, 8), min_size=2, max_size=40), st.floats(0.1, 0.9))

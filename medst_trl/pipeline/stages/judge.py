@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import write_jsonl
 from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
-from medst_trl.data.groups import NEAR_COPY_BITS
+from medst_trl.data.groups import MOST_BITS, NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
@@ -188,8 +188,8 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
         args,
         at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0},
         above={"duplicate_similarity": 0},
-        at_most={"duplicate_similarity": 1},
-        below={"validation_share": 1, "near_copy_bits": 256},
+        at_most={"duplicate_similarity": 1, "near_copy_bits": MOST_BITS},
+        below={"validation_share": 1},
     )
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
@@ -305,8 +305,8 @@ def _print_summary(record: StageRecord) -> None:
     print(format_statistics(counts["judge"], counts["preferences"].get("rejected")))
     for split in ("train", "validation"):
         print(f"  {f'preferences, {split}':28}{counts['preferences'][split]['pairs']:>20,}")
-    if counts["preferences"]["shared_with_benchmarks"].get("group", 0) is None:
-        print("judge: WARNING: Groups are not compared with the benchmarks: their group ids have different salts.")
+    if reason := counts["preferences"].get("groups_not_compared"):
+        print(f"judge: WARNING: pairs about groups of the benchmarks may be left: {reason}.")
     for line in warnings_of(counts["judge"]):
         print(f"judge: WARNING: {line}")
 

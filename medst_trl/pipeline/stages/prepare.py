@@ -227,8 +227,7 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
     request = SourceRequest(None, None, own, args.seed, images.follow_symlinks, args.group_column)
     for name in source.files:
-        path = getattr(request.settings, name)
-        if path is not None:
+        if path := getattr(request.settings, name):
             _check_exists(name, Path(path))
     if not source.needs_data:
         return request

@@ -61,11 +61,11 @@ def test_every_record_is_accounted_for(shared_data):
 def test_mevf_questions_in_both_splits_are_removed_from_train(shared_data):
     source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
     names = {question.image: question.image for question in source.questions}
-    splits, counts = hold_out(source.questions, names)
+    splits, counts, removed = hold_out(source.questions, names)
     assert counts["pairs_in_train_and_test"] == 14
     assert counts["images_in_train_and_test"] == 203
-    assert len(splits["train"]) == 3064 - 22 and len(splits["test"]) == 451
-    disjoint, _ = hold_out(source.questions, names, disjoint="image")
+    assert len(splits["train"]) == 3064 - 22 == 3064 - len(removed) and len(splits["test"]) == 451
+    disjoint, *_ = hold_out(source.questions, names, disjoint="image")
     test_images = {question.image for question in disjoint["test"]}
     assert len(test_images) == 203
     assert test_images.isdisjoint(question.image for question in disjoint["train"])

@@ -375,8 +375,9 @@ def test_questions_about_several_images_are_conversations_held_out_by_each_image
     shown = [(len(row["images"]), len(row["messages"])) for row in load_records(directory / "instruct", "train")]
     assert sorted(shown) == ([(1, 2), (2, 4)] if disjoint else [(1, 2), (2, 2), (2, 4)])
     assert len(load_records(directory / "benchmark", "test")) == 1
-    (rejected,) = read_jsonl(directory / "rejected.jsonl")
+    rejected, *removed = read_jsonl(directory / "rejected.jsonl")
     assert rejected == {"id": "row-000005", "reason": "several_test_images", "value": "2.png|3.png"}
+    assert removed == [{"id": "row-000001", "reason": "image_in_test", "value": "0.png, 1.png, 0.png"}] * disjoint
 
 
 # --- Images as hospitals keep them -----------------------------------------------------------------------------------

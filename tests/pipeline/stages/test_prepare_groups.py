@@ -77,7 +77,10 @@ def test_patients_on_both_sides_are_reported_and_removed(tmp_path, suffix, capsy
         "instruct/train": {ids.of_key(f"P{n}") for n in range(4)},
     }
     directory, record = prepare(tmp_path, "apart", group_column="patient_id", disjoint="group", **table)
-    assert record["counts"]["notes"]["questions_removed_for_groups_in_train_and_test"] == 4
+    assert record["counts"]["rejected"] == {"group_in_test": 4}
+    assert "groups in train and test: 2 before removal" in capsys.readouterr().out
+    values = [row["value"].split(", ")[-1] for row in read_jsonl(directory / "rejected.jsonl")]
+    assert set(values) == {ids.of_key("P0"), ids.of_key("P1")}
     assert groups_of(directory)["instruct/train"] == {ids.of_key("P2"), ids.of_key("P3")}
 
 
@@ -214,7 +217,7 @@ def test_conversations_and_unlabeled_images_have_groups_too(tmp_path):
     table = write_table(tmp_path / "mixed.csv", rows)
     directory, record = prepare(tmp_path, "c", data_path=str(table), group_column="patient", disjoint="group")
     assert groups_of(directory)["images/train"] == {ids.of_key("P0"), ids.of_key("P1")}
-    assert record["counts"]["notes"]["unlabeled_images_removed_for_groups_in_train_and_test"] == 1
+    assert record["counts"]["rejected"] == {"group_in_test": 1}
 
 
 @pytest.mark.parametrize(("group_by", "groups"), [(None, {None}), ("directory", {"ward/P0", "ward/P1", None})])
@@ -247,7 +250,7 @@ def test_a_table_whose_records_are_all_rejected_is_not_blamed_on_the_column(tmp_
 
 def test_without_groups_no_salt_is_made_and_disjoint_groups_are_said_to_be_missing(tmp_path):
     _, record = prepare(tmp_path, disjoint="group", **patients(tmp_path))
-    assert record["counts"]["notes"]["groups"].startswith("none; --group_column")
+    assert record["counts"]["notes"]["groups"].startswith("none. Set --group_column")
     assert not (tmp_path / "salt").exists()
 
 
@@ -256,7 +259,7 @@ def test_one_group_of_almost_everything_is_noted(tmp_path):
     for number in range(12):
         save(tmp_path / "img" / ("anonymous" if number else "P1") / f"{number}.png", number)
     _, record = prepare(tmp_path, data_path=str(tmp_path / "img"), group_by="directory")
-    assert record["counts"]["notes"]["groups"] == "11 of 12 records are in one; check what names them"
+    assert record["counts"]["notes"]["images_kept_together"] == "11 of 12"
 
 
 @pytest.mark.parametrize("words", [{"image_disjoint": True}, {"disjoint": "image"}])
