@@ -97,7 +97,7 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     if "images" in to_convert:
         columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
         columns.pop("image", None)
-    if by_row := {*_READ_BY_ROW, *messages_of(own), *own.extras} & to_convert:
+    if by_row := [name for name in (*_READ_BY_ROW, *messages_of(own), *own.extras) if name in to_convert]:
         made = _read_rows(columns, own, by_row)
         columns |= {name: _column(made[name], wanted[name]) for name in by_row}
     for name in to_convert:
@@ -116,7 +116,7 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     )
 
 
-def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> set[str]:
+def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> list[str]:
     """The columns that are missing, have another type, or have values that a stage cannot use as they are."""
     import pyarrow.compute as pc
 
@@ -134,9 +134,10 @@ def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> s
             return pc.count_distinct(column).as_py() == len(column)
         return not (isinstance(kind.columns[name], list) and column.null_count)
 
-    found, texts = {name for name in wanted if not is_usable(name)}, {*messages_of(kind)}
+    found, texts = [name for name in wanted if not is_usable(name)], messages_of(kind)
     # A row with an answer or number that cannot be used loses its texts, too.
-    return found | (texts if found & {*texts, *kind.extras, "answers"} else set())
+    loses_texts = {*texts, *kind.extras, "answers"}.intersection(found)
+    return found + [name for name in texts if loses_texts and name not in found]
 
 
 def report_unusable(problems: Sequence[str], used: int, name: str) -> None:

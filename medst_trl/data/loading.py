@@ -148,7 +148,7 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
     columns = features_of(own.name, extras=given).items()
     wanted = {name: feature for name, feature in columns if own.optional.get(name) != []}
     column = "images" if "images" in wanted else "image"
-    reader, rows = RowReader(own, wanted.keys() - {column}), []
+    reader, rows = RowReader(own, [name for name in wanted if name != column]), []
     for place, (path, position, record) in enumerate(records):
         name = f"{path.name}, record {position}"
         with reader.counted(name):

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of requests to a server: not too large, and with their true media type."""
+"""Images of requests to a server: not too large, without metadata, and with their true media type."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from medst_trl.data.image_formats import image_problem, to_8_bit
-from medst_trl.data.images import store_image
+from medst_trl.data.images import publishable, store_image
 
 
 _SENT_AS_IS = ("JPEG", "PNG")  # formats that every server reads; others are sent as PNG
@@ -58,6 +58,11 @@ class RequestImage:
         return sha256(self.data).hexdigest()
 
     @cached_property
+    def _file(self) -> bytes:
+        """The image upright and without metadata, as `medst prepare` stores it: a dataset of others may have both."""
+        return publishable({"bytes": self.data, "path": None})["bytes"]
+
+    @cached_property
     def size(self) -> tuple[int, int]:
         """Width and height as sent, from the header alone."""
         width, height = self._open().size
@@ -72,7 +77,7 @@ class RequestImage:
         Raises:
             ImageProblem: if it cannot be decoded.
         """
-        image, data = self._open(), self.data
+        image, data = self._open(), self._file
         format = image.format if image.format in _SENT_AS_IS else "PNG"
         if image.size != self.size or image.format != format or image.mode not in ("L", "RGB", "P"):
             file = io.BytesIO()
@@ -85,7 +90,7 @@ class RequestImage:
     def _open(self) -> Image.Image:
         with warnings.catch_warnings(), image_problem("not_an_image"):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(self.data))
+            return Image.open(io.BytesIO(self._file))
 
 
 def without_image_bytes(text: str) -> str:

@@ -32,6 +32,19 @@ def test_a_small_image_is_sent_unchanged(format, kind):
     assert decode_data_url(RequestImage.read({"bytes": data, "path": None}, 64)) == (kind, data)
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("image_size", [None, 20])
+def test_an_image_is_sent_upright_and_without_metadata(format, image_size):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x010E], exif[0x0112] = "PATIENT DOE", 6
+    random_image(0, (40, 30)).save(file, format, exif=exif)
+    image = RequestImage.read({"bytes": file.getvalue(), "path": None}, image_size)
+    sent = decode_data_url(image)[1]
+    assert b"PATIENT" in file.getvalue() and b"PATIENT" not in sent
+    size = (15, 20) if image_size else (30, 40)
+    assert image.size == Image.open(io.BytesIO(sent)).size == size
+
+
 @pytest.mark.parametrize(
     ("format", "kind"), [("PNG", "data:image/png"), ("JPEG", "data:image/jpeg"), ("TIFF", "data:image/png")]
 )

@@ -182,3 +182,14 @@ def test_pairs_that_share_an_id_are_renamed_and_copies_rejected(tmp_path, images
     file = read(tmp_path, records, images)
     assert [pair["id"] for pair in file.pairs] == ["1", "1-2", "1-3"]
     assert [(item.id, item.reason) for item in file.rejected] == [("1", "duplicate_id")]
+
+
+def test_pairs_of_ones_own_are_written_from_their_files(tmp_path, images):
+    pair = {"image": "images/jones_1957.png", "prompt": "What?", "chosen": "Yes", "rejected": "No"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(pair))
+    dataset = load_records(tmp_path / "own.jsonl", "train", "preferences", identify=False)
+    write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images_back")
+    [record] = json.loads((tmp_path / "back.json").read_text())
+    assert (
+        record["image"] == f"{image_id(small_image(0))}.png" and (tmp_path / "images_back" / record["image"]).is_file()
+    )
