@@ -117,7 +117,8 @@ class Run:
         then = Path(os.path.abspath(str(reader.settings.get("output_dir", ""))))
         is_known = then.as_posix().endswith(f"/{reader.name}")
         roots = [self.directory, *([then.parents[reader.name.count("/")]] if is_known else path.parents)]
-        makers = [one for one in self.stages if any(_is_in(path, root / one.name) for root in roots)]
+        places = ((one, os.path.realpath(root / one.name)) for one in self.stages for root in roots)
+        makers = (one for one, place in places if path.is_relative_to(place))
         return max(makers, key=lambda one: len(one.name), default=None)
 
     def name(self, path: Path) -> str:
@@ -157,10 +158,6 @@ class Run:
             self.notes.append(
                 f"{self.name(path)}: {len(damaged):,} damaged {lines} left out, the first is line {damaged[0]:,}."
             )
-
-
-def _is_in(path: Path, directory: Path) -> bool:
-    return path.is_relative_to(os.path.realpath(directory))
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
