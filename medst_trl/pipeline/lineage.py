@@ -20,7 +20,6 @@ from medst_trl.base.files import read_jsonl, read_object, write_json
 from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
 from medst_trl.data.groups import NEAR_COPY_BITS
-from medst_trl.data.identify import image_ids_of
 from medst_trl.data.loading import fingerprint_dataset, load_records
 from medst_trl.data.overlap import Inventory, why_groups_differ
 from medst_trl.evaluation.contamination import FIGURES, count_shared
@@ -169,14 +168,8 @@ def training_images(model: str | Path) -> tuple[set[str], bool]:
     """
     if (carried := _carried_images(fingerprint(model))) is not None:
         return carried
-    found, is_complete = set(), True
-    for source in trained_on(model):
-        try:
-            ids, is_known = set().union(*map(image_ids_in, _read(source, Path(model))[1])), True
-        except Exception:  # pyarrow has an exception for each way in which a file can be damaged
-            ids, is_known = (not source["stage"] and _carried_images(source)) or (set(), False)
-        found, is_complete = found | ids, is_complete and is_known
-    ids, are_all = _only_hashes(found)
+    ids, is_complete, _ = _training_data(model, is_hashed=False)
+    ids, are_all = _only_hashes(ids)
     return ids, is_complete and are_all
 
 
@@ -186,11 +179,6 @@ def write_training_images(directory: str | Path, image_ids: Iterable[str], model
     ids, are_all = _only_hashes(earlier.union(image_ids))
     content = {"complete": is_complete and are_all, "image_ids": sorted(ids)}
     write_json(Path(directory, TRAINING_IMAGES_FILE), content)
-
-
-def image_ids_in(dataset: "Dataset") -> set[str]:
-    """Return the ids of all images of a dataset of conversations or pairs, decoded if it has no ids."""
-    return {image for images in image_ids_of(dataset) for image in images if image}
 
 
 def _only_hashes(image_ids: Iterable[Any]) -> tuple[set[str], bool]:
@@ -247,14 +235,17 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
 # What a benchmark shares with it
 
 
-def read_inventory(place: Path, datasets: "Iterable[Dataset]", only: Set[str] | None = None) -> Inventory:
+def read_inventory(
+    place: Path, datasets: "Iterable[Dataset]", only: Set[str] | None = None, is_hashed: bool = True
+) -> Inventory:
     """Read datasets from one place, with the near hashes that `medst prepare` has stored for their images."""
     from medst_trl.data.image_index import INDEX_FILE
 
-    made, entries = Inventory(), chain(*(read_jsonl(path.with_name(INDEX_FILE)) for path in records_of(place)))
+    made, records = Inventory(), records_of(place) if is_hashed else ()
+    entries = chain.from_iterable(read_jsonl(path.with_name(INDEX_FILE)) for path in records)
     hashes = {entry["image_id"]: entry["near_hash"] for entry in entries if {"image_id", "near_hash"} <= entry.keys()}
     for dataset in datasets:
-        made.add(dataset, hashes, only)
+        made.add(dataset, hashes if is_hashed else None, only)
     return made
 
 
@@ -273,44 +264,48 @@ def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dat
         `compared`, the sources: the entry of [`trained_on`] with its number of `images`, None if it was not read, and
         why a figure was `not_checked`.
     """
-    ids, inventories, sources = _training_inventories(model) if model else (set(), [], [])
+    ids, is_complete, sources = _training_data(model) if model else (set(), True, [])
     for place, benchmark in benchmarks:
         bits = nearest_record(place)[1].get("settings", {}).get("near_copy_bits", NEAR_COPY_BITS)
         tested, compared = read_inventory(place, [benchmark] if sources else []), []
-        for source, inventory in zip(sources, inventories):
-            not_checked = dict(source["not_checked"])
-            if not (bits and any(tested.hashes.values())):
-                reason = "all images of the benchmark are too plain" if bits else "near_copy_bits is 0"
-                not_checked.setdefault("near", reason)
-            if reason := why_groups_differ(tested, inventory):
-                not_checked.setdefault("groups", reason)
-            compared.append(source | {"not_checked": not_checked})
-        figures: dict[str, dict[str, int | None]] = count_shared(tested, inventories, ids, bits)
+        why_not_near = "near_copy_bits is 0"
+        if bits:
+            why_not_near = None if any(tested.hashes.values()) else "all images of the benchmark are too plain"
+        for entry, inventory, reason in sources:
+            reasons = dict.fromkeys(FIGURES, reason) | ({"exact": None} if is_complete else {})
+            reasons["near"] = reason or why_not_near
+            reasons["groups"] = reason or why_groups_differ(tested, inventory)
+            compared.append(entry | {"not_checked": {name: reason for name, reason in reasons.items() if reason}})
+        figures: dict[str, Any] = count_shared(tested, [inventory for _, inventory, _ in sources], ids, bits)
         for name, figure in figures.items():
             if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
                 figure["n"] = figure["n"] or None
         yield {"figures": figures, "compared": compared, "near_copy_bits": bits}
 
 
-def _training_inventories(model: str) -> tuple[set[str], list[Inventory], list[dict[str, Any]]]:
-    """Return the ids of all images that a model was trained on, and the inventories and entries of its sources."""
-    ids, is_complete = training_images(model)
-    seen, inventories, sources = set(), [], []
+def _training_data(
+    model: str | Path, is_hashed: bool = True
+) -> tuple[set[str], bool, list[tuple[dict[str, Any], Inventory, str | None]]]:
+    """
+    Return the known ids of the images that a model was trained on; whether these are all; and for each source its
+    entry, its inventory (with near hashes if `is_hashed`), and why it was not read.
+    """
+    carried = _carried_images(fingerprint(model))
+    ids, is_complete = carried or (set(), True)
+    only, found, seen = ids if carried and is_complete else None, [], set()
     for source in trained_on(model):
-        inventory, not_checked = Inventory(), {}
+        inventory, reason = Inventory(), None
         try:
-            inventory = read_inventory(*_read(source, Path(model)), ids if is_complete else None)
+            inventory = read_inventory(*_read(source, Path(model)), only, is_hashed)
             images = set(inventory.questions)
         except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
             reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
             images, is_known = (not source["stage"] and _carried_images(source)) or (None, False)
-            not_checked = {name: reason for name in FIGURES if name != "exact" or not (is_complete or is_known)}
+            is_complete = is_complete and (is_known or carried is not None)
             seen |= ids  # as far as can be told
         seen |= images or set()
-        inventories.append(inventory)
-        sources.append({**source, "images": images if images is None else len(images), "not_checked": not_checked})
+        found.append(({**source, "images": None if images is None else len(images)}, inventory, reason))
     if rest := ids - seen:  # image files of a dataset have been replaced, or a record is damaged
-        not_checked = dict.fromkeys(FIGURES.keys() - {"exact"}, "they are in none of the data that is here")
-        inventories.append(Inventory())
-        sources.append({**fingerprint(model), "stage": None, "images": len(rest), "not_checked": not_checked})
-    return ids | seen, inventories, sources
+        entry = {**fingerprint(model), "stage": None, "images": len(rest)}
+        found.append((entry, Inventory(), "they are in none of the data that is here"))
+    return ids | seen, is_complete, found

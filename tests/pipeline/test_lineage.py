@@ -14,6 +14,7 @@ from tiny_run import write_instruct
 
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import fingerprint
+from medst_trl.data.identify import image_ids_of
 from medst_trl.data.images import store_image
 from medst_trl.data.loading import load_records
 from medst_trl.data.near_copies import perceptual_hash
@@ -22,7 +23,6 @@ from medst_trl.evaluation.contamination import Contamination
 from medst_trl.pipeline.lineage import (
     TRAINING_IMAGES_FILE,
     check_contamination,
-    image_ids_in,
     possible_places,
     records_of,
     trained_on,
@@ -347,7 +347,7 @@ def train(directory: Path, model: Path, *datasets: Path, version: str = "now") -
     (directory / "adapter_config.json").write_text(json.dumps(list(map(str, datasets))))
     (directory / "chat_template.jinja").write_text(MARK)
     if version == "now":
-        images = set().union(*(image_ids_in(load_records(place, "train")) for place in datasets))
+        images = {image for place in datasets for [image] in image_ids_of(load_records(place, "train"))}
         write_training_images(directory, images, model)
         record = read_record(directory) | {"trained_on": trained_on(directory)}
         write_json(directory / "stage.json", record)
@@ -486,7 +486,7 @@ def test_the_training_data_is_read_once_for_several_benchmarks(evaluated, monkey
     )
     first, second = check_contamination(str(evaluated / "sft"), both)
     assert first == second and first["figures"]["near"]["n"] == 1
-    assert len(read) == 2 * 2  # two datasets, for their image ids and for the comparison
+    assert len(read) == 2  # two datasets
 
 
 def test_groups_are_not_checked_if_the_benchmark_has_none(evaluated):

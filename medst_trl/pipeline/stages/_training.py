@@ -18,11 +18,12 @@ from medst_trl.base.errors import Problems, UserError
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists
+from medst_trl.data.identify import image_ids_of
 from medst_trl.data.loading import load_records, mix
 from medst_trl.data.schema import KINDS, features_of
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import gpu_count
-from medst_trl.pipeline.lineage import image_ids_in, trained_on, write_training_images
+from medst_trl.pipeline.lineage import trained_on, write_training_images
 from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 from medst_trl.policy import DTYPES
@@ -289,7 +290,7 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
         save_result(trainer)
         lineage = {}
         if trainer.args.should_save:
-            own = set().union(*map(image_ids_in, datasets.values()))
+            own = {image for dataset in datasets.values() for ids in image_ids_of(dataset) for image in ids if image}
             write_training_images(training_args.output_dir, own, args.model_name_or_path)
             lineage = {"trained_on": trained_on(training_args.output_dir)}
         counts, metrics, summary = args.summarize(trainer, len(datasets["train"]))
