@@ -25,9 +25,9 @@ from medst_trl.data.conform import conform
 from medst_trl.data.identify import with_image_ids
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import FolderImages
+from medst_trl.data.images import FolderImages, publishable
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.schema import bytes_of, features_of, text_of, with_stored_images, write_split
+from medst_trl.data.schema import features_of, text_of, with_stored_images, write_split
 from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
@@ -210,7 +210,7 @@ def _record(row: dict, image_folder: Path, format: str) -> dict:
 
 
 def _write_image(image: dict, image_id: str, folder: Path) -> str:
-    content = bytes_of(image)
+    content = publishable(image)["bytes"]
     path = folder / (image_id + (".jpg" if content.startswith(b"\xff\xd8") else ".png"))
     if not path.exists():
         with atomic_path(path) as temporary:

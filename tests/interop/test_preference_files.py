@@ -185,11 +185,12 @@ def test_pairs_that_share_an_id_are_renamed_and_copies_rejected(tmp_path, images
 
 
 def test_pairs_of_ones_own_are_written_from_their_files(tmp_path, images):
-    pair = {"image": "images/jones_1957.png", "prompt": "What?", "chosen": "Yes", "rejected": "No"}
+    small_image(0).save(images / "jones.tif", description="PATIENT JONES")
+    pair = {"image": "images/jones.tif", "prompt": "What?", "chosen": "Yes", "rejected": "No"}
     (tmp_path / "own.jsonl").write_text(json.dumps(pair))
     dataset = load_records(tmp_path / "own.jsonl", "train", "preferences", identify=False)
     write_preference_file(dataset, tmp_path / "back.json", tmp_path / "images_back")
     [record] = json.loads((tmp_path / "back.json").read_text())
-    assert (
-        record["image"] == f"{image_id(small_image(0))}.png" and (tmp_path / "images_back" / record["image"]).is_file()
-    )
+    assert record["image"] == f"{image_id(small_image(0))}.png"
+    written = (tmp_path / "images_back" / record["image"]).read_bytes()
+    assert written.startswith(b"\x89PNG") and b"JONES" not in written
