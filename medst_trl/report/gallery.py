@@ -131,7 +131,9 @@ def find_images(
 
 def data_url(image: bytes | None, size: int) -> str:
     """Return an image as a data URL, its longest side at most `size` pixels; empty if it cannot be read."""
-    from PIL import Image
+    from PIL import Image, ImageOps
+
+    from medst_trl.data.image_formats import to_8_bit
 
     if not image:
         return ""
@@ -140,7 +142,7 @@ def data_url(image: bytes | None, size: int) -> str:
             if picture.width * picture.height > ImageSettings.max_pixels:
                 return ""
             picture.draft("RGB", (size, size))  # decodes a JPEG at a fraction of its size
-            small = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+            small = to_8_bit(ImageOps.exif_transpose(picture))
             small.thumbnail((size, size))
             pixels = Image.new(small.mode, small.size)  # without EXIF, comments and profiles
             pixels.paste(small)

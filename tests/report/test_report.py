@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 
 import made_run
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -503,3 +504,18 @@ def test_the_command_to_train_again_names_a_section(run):
     (run / "dpo").rename(run / "my_dpo")
     (note,) = report_on(run)[0].notes
     assert note.startswith("my_dpo was trained on other pairs") and note.endswith(" --stage dpo --overwrite")
+
+
+def test_images_are_shown_upright_and_deep_ones_in_full_range():
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 20), 9).save(file, "JPEG", exif=exif)
+    assert picture_in(data_url(file.getvalue(), 320)).size == (20, 40)
+    file = io.BytesIO()
+    Image.fromarray(np.arange(0, 64_000, 1000, dtype=np.uint16).reshape(8, 8)).save(file, "PNG")
+    shown = np.asarray(picture_in(data_url(file.getvalue(), 320)))
+    assert shown.min() < 20 and shown.max() > 235 and 110 < np.median(shown) < 145
+
+
+def picture_in(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
