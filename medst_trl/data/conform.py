@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +99,10 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
         columns.pop("image", None)
     if by_row := [name for name in (*_READ_BY_ROW, *messages_of(own), *own.extras) if name in to_convert]:
         made = _read_rows(columns, own, by_row)
-        columns |= {name: _column(made[name], wanted[name]) for name in by_row}
+        columns |= {name: _column(made[name], name, wanted) for name in by_row}
     for name in to_convert:
         if name not in columns or own.optional.get(name) == []:  # messages that are not used
-            columns[name] = _column([own.optional.get(name)] * len(table), wanted[name])
+            columns[name] = _column([own.optional.get(name)] * len(table), name, wanted)
         columns[name] = _cast(columns[name], wanted[name], name, kind)
     features = {name: wanted[name] if name in to_convert else given[name] for name in columns}
     kept = table.select([name for name in columns if name not in to_convert])
@@ -284,9 +284,8 @@ def typed_messages(record: Mapping[str, Any], names: Sequence[str], images: int)
     row = {name: _messages(record.get(name), _ROLE_OF.get(name)) for name in names}
     if "chosen" in row:
         answers = row["chosen"], row["rejected"]
-        pairs = enumerate(zip(*answers))
-        common = next((place for place, (one, other) in pairs if one != other), min(map(len, answers)))
-        prompt = row["prompt"] or answers[0][: min(common, len(answers[0]) - 1, len(answers[1]) - 1)]
+        earlier = zip(*(answer[:-1] for answer in answers))
+        prompt = row["prompt"] or [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], earlier)]
         if all(answer[: len(prompt)] == prompt for answer in answers):
             answers = [answer[len(prompt) :] for answer in answers]
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
@@ -363,8 +362,7 @@ def _cast(column: "pa.ChunkedArray", feature: Any, name: str, kind: str) -> "pa.
         ) from None
 
 
-def _column(values: Sequence[Any], feature: Any) -> "pa.ChunkedArray":
+def _column(values: Sequence[Any], name: str, features: "Features") -> "pa.ChunkedArray":
     import pyarrow as pa
-    from datasets import Features
 
-    return pa.chunked_array([pa.array(values, Features({"x": feature}).arrow_schema.field("x").type)])
+    return pa.chunked_array([pa.array(values, features.arrow_schema.field(name).type)])

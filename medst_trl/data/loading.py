@@ -111,7 +111,7 @@ def open_splits(path: Path) -> "Mapping[str, Dataset]":
 
     with readable_errors(path):
         found = {split: files for split in _SPLITS if (files := _find(path, split))}
-        found = {split_named_by(path.stem) or "train": [path]} if path.is_file() else found
+        found = {_split_of(path) or "train": [path]} if path.is_file() else found
         if found:
             return {split: _read(files, split, None) for split, files in found.items()}
         hub_id, revision = split_revision(str(path))
@@ -165,15 +165,10 @@ def _rows_of_split(dataset: "Dataset", split: str) -> "Dataset":
     """The rows whose own split, in the column `split`, is this one or none."""
     values = dataset["split"][:] if "split" in dataset.features and split in _SPLITS else []
     named = [None if is_missing(value) else SPLIT_NAMES.get(str(value).strip().casefold()) for value in values]
-    places = [place for place, found in enumerate(named) if found in (None, split)]
-    if len(places) == len(values):
-        return dataset
-    text = f"{len(places)} of {len(values)} rows are of the split {split!r}, as the column `split` says"
-    if not places:
-        raise UserError(f"{text}.")
-    if rank() == 0:
-        print(text)
-    return dataset.select(places)
+    others = {place: found for place, found in enumerate(named) if found not in (None, split)}
+    problems = [f"row {place}: its column `split` says {found}" for place, found in others.items()]
+    report_unusable(problems, len(values) - len(others), f"The split {split!r}")
+    return dataset.select([place for place in range(len(values)) if place not in others]) if others else dataset
 
 
 def _named_images(record: dict[str, Any]) -> list[Any]:
@@ -249,14 +244,14 @@ def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
     if shard and int(shard["total"]) > 1:
         raise UserError(f"{path} is one of {int(shard['total'])} files of a split. Give its directory.{near}")
     if path.suffix in _SUFFIXES:
-        named = split_named_by(path.stem) or "train"
+        named = _split_of(path) or "train"
         raise UserError(f"{path} is the split {named!r} by its name, not {split!r}. Set that split, or rename it.")
     if not path.is_dir():
         raise UserError(
             f"{path} is not a dataset, such as a .parquet or .jsonl file.{near} `medst prepare` reads tables "
             "(--source images) and LLaVA's conversations (--source llava)."
         )
-    others = [file.name for suffix in _IN_DIRECTORIES for file in _files(path, suffix)]
+    others = [file.name for suffix in _IN_DIRECTORIES for file in sorted(path.glob(f"*{suffix}"))]
     found = ", ".join([name for name in _SPLITS if _find(path, name)] or others)
     found = found or "no splits. `medst prepare`, `generate` and `judge` write them"
     raise UserError(f"{path} has no split {split!r} ({split}*.parquet or {split}*.jsonl); it has {found}.{near}")
@@ -267,52 +262,44 @@ def _find(path: Path, split: str) -> list[Path]:
     if path.is_file():
         shard = _SHARD.fullmatch(path.name)
         is_whole = path.suffix in _SUFFIXES and (shard is None or int(shard["total"]) == 1)
-        return [path] if is_whole and _may_be(path.stem, split) else []
+        return [path] if is_whole and _may_be(path, split) else []
     if not path.is_dir():  # a pipe, a device
         return []
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return [path] if _may_be(path.name, split) else []
+        return [path] if _may_be(path, split) else []
     if (path / "dataset_dict.json").is_file():
         directories = sorted(file.parent for file in path.glob("*/state.json"))
-        return [directory for directory in directories if _is_named(directory.name, split)][:1]
-    shards = [match for match in _shards(path) if match["split"] == split]
-    found = [[path / match.string for match in shards]]
-    found += [[file for file in _files(path, suffix) if _is_named(file.stem, split)] for suffix in _IN_DIRECTORIES]
-    if len(found := [files for files in found if files]) > 1:
-        names = " and ".join(files[0].name for files in found)
+        return [directory for directory in directories if split in (directory.name, _split_of(directory))][:1]
+    files = [sorted(path.glob(f"*{suffix}")) for suffix in _IN_DIRECTORIES]
+    named = ([file for file in some if file.is_file() and split in (file.stem, _split_of(file))] for some in files)
+    if not (found := [some for some in named if some]):
+        return _find(path / "data", split)
+    shards = [match for file in found[0] if (match := _SHARD.fullmatch(file.name))]
+    if len(found) > 1 or 0 < len(shards) < len(found[0]):
+        names = " and ".join(dict.fromkeys(file.name for some in found for file in (some[0], some[-1])))
         raise UserError(f"{path} has split {split!r} in several forms: {names}. Keep one of them, or give its file.")
     if any(int(match["total"]) != len(shards) for match in shards):
         raise UserError(
             f"{path} has {len(shards)} of {int(shards[0]['total'])} files of split {split!r}. Run the stage that "
             "writes it again: it resumes where it stopped."
         )
-    return found[0] if found else _find(path / "data", split)
+    return found[0]
 
 
-def _files(directory: Path, suffix: str) -> list[Path]:
-    """The files of a directory with a suffix that are no shards of a stage."""
-    files = sorted(directory.glob(f"*{suffix}"))
-    return [file for file in files if file.is_file() and not _SHARD.fullmatch(file.name)]
+def _split_of(path: Path) -> str | None:
+    """The split that the name of a file or directory begins with, or None. That of a stage's file may be any."""
+    shard = _SHARD.fullmatch(path.name)
+    return shard["split"] if shard else SPLIT_NAMES.get(re.match("[a-z]*", path.name.lower())[0])
 
 
-def split_named_by(name: str) -> str | None:
-    """Return the split that the name of a file begins with, or None."""
-    return SPLIT_NAMES.get(re.match("[a-z]*", name.lower())[0])
-
-
-def _is_named(name: str, split: str) -> bool:
-    return split in (name, split_named_by(name) or re.match("[a-z]*", name.lower())[0])
-
-
-def _may_be(name: str, split: str) -> bool:
+def _may_be(path: Path, split: str) -> bool:
     """Whether a file or a directory of `save_to_disk` is this split: any but validation, unless its name says so."""
-    return split == (split_named_by(name) or ("" if split == "validation" else split))
+    return split == (_split_of(path) or ("" if split == "validation" else split))
 
 
 def splits_in(directory: str | PathLike) -> list[str]:
     """Return the names of the splits in a directory of Parquet files, in the order train, validation, test."""
-    names = {match["split"] for match in _shards(Path(directory))}
-    names |= {split_named_by(file.stem) for file in _files(Path(directory), ".parquet")} - {None}
+    names = {_split_of(file) for file in Path(directory).glob("*.parquet")} - {None}
     return sorted(names, key=lambda name: (_SPLITS.index(name) if name in _SPLITS else len(_SPLITS), name))
 
 
@@ -342,7 +329,3 @@ def _datasets_near(path: Path, split: str, kind: str | None) -> str:
         return False
 
     return did_you_mean(path, holds_split)
-
-
-def _shards(directory: Path) -> list[re.Match]:
-    return [match for path in sorted(directory.iterdir()) if (match := _SHARD.fullmatch(path.name))]

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether the data is a Parquet file, a directory of nothing else (apart from a card), or on the Hub."""
+    """Whether the data is a Parquet file, a directory of nothing else (apart from a card or notes), or on the Hub."""
     if not path.is_dir():
         return path.suffix == ".parquet" or not path.exists()
-    names = [PurePath(name) for name in visible_files(path) if PurePath(name).suffix not in (".md", ".txt")]
-    names = [name for name in names if not name.stem.startswith("dataset_info")]
-    return bool(names) and all(name.suffix == ".parquet" for name in names)
+    return {PurePath(name).suffix for name in visible_files(path)} - {".md", ".txt", ".json"} == {".parquet"}
 
 
 def holds_images(path: Path) -> bool:

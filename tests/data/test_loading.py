@@ -214,8 +214,9 @@ def test_rows_of_another_split_are_left_out(tmp_path, capsys):
     found = load_records(path, "test", "benchmark")
     assert [question["id"] for row in found["questions"] for question in row] == ["q1", "q2"]
     assert len(load_records(tmp_path / "own.parquet", "train", "instruct")) == 2
-    assert "2 of 4 rows are of the split 'test', as the column `split` says" in capsys.readouterr().out
-    with pytest.raises(UserError, match="own.jsonl: 0 of 1 rows are of the split 'test'"):
+    said = capsys.readouterr().out
+    assert "The split 'test': 2 of 4 rows cannot be used. The first: row 0: its column `split` says train" in said
+    with pytest.raises(UserError, match="own.jsonl: The split 'test': none of its 1 rows can be used"):
         load_records(write_lines(tmp_path / "own.jsonl", rows[:1]), "test", "benchmark")
 
 
