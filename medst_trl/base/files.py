@@ -192,8 +192,13 @@ def _parts(path: Path) -> list[Path]:
 
 
 def move_files(source: Path, target: Path, last: str = "config.json") -> None:
-    """Move all files of one directory into another, and `last` at the end: a target that has it is complete."""
+    """
+    Move all files of one directory into another, and `last` at the end: a target that has it is complete. Their mode
+    is that of a new file: safetensors (0.8) lets only their owner read them.
+    """
     for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+        if path.is_file():
+            path.chmod(source.stat().st_mode & 0o666)
         os.replace(path, target / path.name)
     source.rmdir()
 

@@ -40,6 +40,11 @@ def _run(inputs, output_dir, **options):
     return load_file(output_dir / weights), json.loads((output_dir / "stage.json").read_text())
 
 
+def new_file_mode(directory):
+    (directory / "new").touch()
+    return (directory / "new").stat().st_mode & 0o777
+
+
 def test_a_run_writes_an_adapter_and_its_record(inputs, tmp_path, capsys):
     weights, record = _run(inputs, tmp_path / "sft")
     assert record["status"] == "complete"
@@ -48,6 +53,7 @@ def test_a_run_writes_an_adapter_and_its_record(inputs, tmp_path, capsys):
     kinds = ("language_model", "vision_tower", "multi_modal_projector", "trainable_tokens")
     assert all(any(kind in name for name in weights) for kind in kinds)
     assert not list((tmp_path / "sft").glob("*.incomplete")) and not list((tmp_path / "sft").rglob("*.bin"))
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "sft").glob("*.*")} == {new_file_mode(tmp_path)}
     printed = capsys.readouterr().out
     assert "Training" in printed and "projector" in printed and "Stage 1 is done" in printed
 
