@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of requests to a server: not too large, without metadata, and with their true media type."""
+"""Images of requests to a server: not too large, and with their true media type."""
 
 import base64
 import io
@@ -15,11 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from medst_trl.data.image_formats import image_problem, to_8_bit
+from medst_trl.data.image_formats import image_problem
 from medst_trl.data.images import publishable, store_image
-
-
-_SENT_AS_IS = ("JPEG", "PNG")  # formats that every server reads; others are sent as PNG
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,9 @@ class RequestImage:
 
     Args:
         data (`bytes`):
-            The image file as stored in the dataset.
+            The image file as stored in the dataset. It is sent upright and without metadata, as PNG or JPEG.
         image_size (`int`, *optional*):
-            Maximum side in pixels. A larger image is scaled down, a smaller one is sent with its own bytes.
+            Maximum side in pixels. A larger image is scaled down.
     """
 
     data: bytes
@@ -58,13 +55,18 @@ class RequestImage:
         return sha256(self.data).hexdigest()
 
     @cached_property
-    def _file(self) -> bytes:
-        """The image upright and without metadata, as `medst prepare` stores it: a dataset of others may have both."""
-        return publishable({"bytes": self.data, "path": None})["bytes"]
+    def _stored(self) -> bytes:
+        """The image as stages store it: a PNG or JPEG file of upright 8-bit pixels, without metadata."""
+        return publishable({"bytes": self.data})["bytes"]
+
+    def _open(self) -> Image.Image:
+        with warnings.catch_warnings(), image_problem("not_an_image"):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(self._stored))
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Width and height as sent, from the header alone."""
+        """Width and height as sent."""
         width, height = self._open().size
         scale = min(1.0, (self.image_size or math.inf) / max(width, height))
         return max(1, round(width * scale)), max(1, round(height * scale))
@@ -77,20 +79,14 @@ class RequestImage:
         Raises:
             ImageProblem: if it cannot be decoded.
         """
-        image, data = self._open(), self._file
-        format = image.format if image.format in _SENT_AS_IS else "PNG"
-        if image.size != self.size or image.format != format or image.mode not in ("L", "RGB", "P"):
+        image, data = self._open(), self._stored
+        if image.size != self.size:
             file = io.BytesIO()
             with image_problem("unreadable"):
-                small = to_8_bit(image).resize(self.size, Image.Resampling.LANCZOS)
-            small.save(file, format, quality=90)  # PNG has no quality
+                small = image.resize(self.size, Image.Resampling.LANCZOS)
+            small.save(file, image.format, quality=90)  # PNG has no quality
             data = file.getvalue()
-        return f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"
-
-    def _open(self) -> Image.Image:
-        with warnings.catch_warnings(), image_problem("not_an_image"):
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(self._file))
+        return f"data:image/{image.format.lower()};base64,{base64.b64encode(data).decode()}"
 
 
 def without_image_bytes(text: str) -> str:
