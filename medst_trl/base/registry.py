@@ -18,6 +18,7 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from importlib import import_module
@@ -151,19 +152,13 @@ def add_plugins(argv: Sequence[str]) -> list[str]:
     Raises:
         UserError: if a file does not exist.
     """
-    files, rest, words = [], [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--plugins":
-            rest.append(word)
-            continue
-        path = Path(value if equals else next(words, ""))
-        if not path.name:
-            raise UserError("--plugins takes a file, which registers your objects.")
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugins", action="append", nargs="?", const="", default=[])
+    given, rest = parser.parse_known_args(argv)
+    for path in map(Path, given.plugins):
         if not path.is_file():
-            raise UserError(f"--plugins: file not found: {path}. Give a Python file that registers your objects.")
-        files.append(str(path.resolve()))
-    if files:
+            raise UserError(f"--plugins: file not found: {path}. --plugins takes a file that registers your objects.")
+    if files := [str(Path(path).resolve()) for path in given.plugins]:
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*plugin_files(), *files]))
     return rest
 
