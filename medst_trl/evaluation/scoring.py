@@ -12,7 +12,7 @@ from operator import mul
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.cells import BadRecord
+from medst_trl.data.cells import BadRecord, is_missing
 
 from .metric import METRICS, Answered, FigurePath, make_settings
 
@@ -230,7 +230,7 @@ def read_answer(record: Mapping[str, Any]) -> Answered:
         raise BadRecord("empty answer", answer)
     if answer_type not in ("open", "closed"):
         raise BadRecord("unknown answer_type", record["answer_type"])
-    image_id, group = (None if record.get(key) is None else str(record[key]) for key in ("image_id", "group_id"))
+    image_id, group = (None if is_missing(record.get(key)) else str(record[key]) for key in ("image_id", "group_id"))
     question_type = None if record.get("question_type") is None else str(record["question_type"]).strip() or None
     return Answered(image_id, question_type, answer_type == "closed", answer, str(record["prediction"]), group)
 

@@ -163,3 +163,38 @@ def test_copies_of_vqa_rad_are_found_and_no_original_is_taken_for_one(rad_with_c
     print(f"{cropped} of 20 cropped copies are found")
     assert notes["notes"]["near_copies_in_train_and_test"] == len(copies)
     assert notes["datasets"]["instruct/train"]["images"] == num_others + 20 - cropped
+
+
+def slices(count: int) -> list[Image.Image]:
+    """Return slices of a volume: blobs that move and grow from each to the next."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:128, :128]
+    blobs = [(rng.uniform(20, 108, 2), rng.uniform(-25, 25, 2), rng.uniform(2, 12)) for _ in range(40)]
+    found = []
+    for height in np.linspace(0, 1, count):
+        pixels = np.zeros((128, 128))
+        for start, move, size in blobs:
+            a, b = start + height * move
+            pixels += np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * size**2))
+        found.append(Image.fromarray((pixels / pixels.max() * 255).astype(np.uint8)))
+    return found
+
+
+@pytest.mark.parametrize("disjoint", ["none", "image", "group"])
+def test_only_near_copies_of_test_slices_leave_the_training_set(tmp_path, monkeypatch, disjoint):
+    monkeypatch.setenv("MEDST_GROUP_SALT", str(tmp_path / "salt"))
+    images, lines = slices(100), ["image,question,answer,split"]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,Is the liver visible?,yes,{'test' if number >= 85 else 'train'}")
+    (tmp_path / "volume.csv").write_text("\n".join(lines))
+    codes = [int(perceptual_hash(image), 16) for image in images]
+    apart = np.array([[(one ^ other).bit_count() for other in codes] for one in codes])
+    near = np.flatnonzero((apart[:85, 85:] <= NEAR_COPY_BITS).any(axis=1)).tolist()
+    assert 0 < len(near) < 40 and apart.diagonal(1).max() <= NEAR_COPY_BITS  # a chain from the first to the last
+    arguments = {"source": "images", "data_path": str(tmp_path / "volume.csv"), "disjoint": disjoint}
+    main(PrepareArguments(str(tmp_path / "out"), **arguments))
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {row["value"].partition(",")[0] for row in rejected} == {f"{number}.png" for number in near}
+    counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
+    assert counts["datasets"]["instruct/train"]["images"] == 85 - len(near)
+    assert counts["notes"]["near_copies_in_train_and_test"] == len(near)

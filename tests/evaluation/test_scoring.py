@@ -275,7 +275,8 @@ class TestProperties:
         named = [row | {"group_id": "p" if i < 2 else f"image {i}"} for i, row in enumerate(rows)]
         assert score_vqa(mixed) == score_vqa(named)
         assert score_vqa(mixed)["n_groups"] == 7
-        assert score_vqa([row | {"group_id": None} for row in rows]) == score_vqa(rows)
+        for missing in (None, "", float("nan")):  # pandas reads empty cells as NaN
+            assert score_vqa([row | {"group_id": missing} for row in rows]) == score_vqa(rows)
 
     def test_intervals_depend_on_the_seed(self):
         predictions = ["left", "right", "lobe x", "left lobe", "left x y", "lobe", "left lobe z"]
