@@ -367,9 +367,8 @@ class Source:
 
     def settings_from(self, values: Mapping[str, Any]) -> Any:
         """Return its settings with the `values` (of a recipe) that they have; None for a source without settings."""
-        if self.settings is None:
-            return None
-        return self.settings(**{item.name: values[item.name] for item in fields(self.settings) if item.name in values})
+        names = [item.name for item in fields(self.settings)] if self.settings else ()
+        return self.settings and self.settings(**{name: values[name] for name in names if name in values})
 
 
 SOURCES: Registry[Source] = Registry(

@@ -56,8 +56,7 @@ def read_folder(request: SourceRequest) -> Records:
     if not records.conversations:
         raise UserError(f"{request.data_path} holds no files. Correct the path to the images.")
     if tables := [name for name in names if name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet"))]:
-        advice = "to read a table, give it as data_path, and this directory as image_folder"
-        records.counts["tables_not_read"] = f"{', '.join(tables[:3])} ({advice})"
+        records.counts["tables_not_read"] = f"{', '.join(tables[:3])} (to read a table, set data_path to it)"
     return records
 
 

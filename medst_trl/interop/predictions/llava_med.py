@@ -34,13 +34,12 @@ def _write(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    model = (record.get("generation") or {}).get("model")
     return {
         "question_id": str(record["id"]),
         "prompt": record.get("question") or "",
         "text": str(record["prediction"]),
         "answer_id": hashlib.sha256(str(record["id"]).encode()).hexdigest()[:22],
-        "model_id": model or "",
+        "model_id": (record.get("generation") or {}).get("model") or "",
         "metadata": {key: record[key] for key in GOLD if record.get(key) is not None},
     }
 

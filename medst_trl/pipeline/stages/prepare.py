@@ -36,6 +36,7 @@ from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import cores
 from medst_trl.base.settings import check_bounds, check_choice, documented, settings_among
 from medst_trl.data.assemble import assemble
+from medst_trl.data.cells import column_name
 from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, MOST_BITS, NEAR_COPY_BITS, GroupIds, salt_of, salt_path
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
@@ -123,6 +124,7 @@ class PrepareArguments:
         self.image_disjoint = self.disjoint == "image" or (self.image_disjoint and self.disjoint is None)
         if self.disjoint in ("none", "image"):
             self.disjoint = None
+        self.group_column = self.group_column and column_name(self.group_column)
 
 
 def main(args: PrepareArguments, *others: Any) -> None:
@@ -169,9 +171,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
                 where = f" in {request.data_path}" if request.data_path else ""
                 raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
             first = next(item.as_row() for item in rejected if item.reason == next(iter(counts["rejected"])))
+            notes = (f"; {what.replace('_', ' ')}: {note}" for what, note in records.counts.items() if note)
             raise UserError(
                 f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}, for "
-                f"example {first['value'] or first['id']!r}. Correct the data or the settings (see "
+                f"example {first['value'] or first['id']!r}{''.join(notes)}. Correct the data or the settings (see "
                 f"{output_dir / 'rejected.jsonl'}), and add --overwrite."
             )
         _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
