@@ -247,9 +247,7 @@ def hold_out(
         - The removed records, with a reason such as `question_in_test`, `image_in_test`, `near_copy_in_test` or
           `group_in_test`, and as value its images, followed by the question, image or group that the later split has.
     """
-    by_split = {"test": [], "validation": [], "train": []}
-    for record in records:
-        by_split[record.split].append(record)
+    by_split = {split: [item for item in records if item.split == split] for split in ("test", "validation", "train")}
     names = {image_id: name for name, image_id in image_ids.items()}
     counts, removed = {"images_in_train_and_test": 0}, []
     if by_split["test"]:
@@ -282,11 +280,7 @@ def _asked(record: Conversation | Question) -> list[str]:
 
 
 def split_off_validation(
-    conversations: Collection[Conversation],
-    image_ids: Mapping[str, str],
-    fraction: float,
-    seed: int,
-    grouping: Grouping,
+    conversations: Iterable[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int, grouping: Grouping
 ) -> list[Conversation]:
     """
     Move about a `fraction` of the images, with all their conversations, from train to validation.

@@ -65,8 +65,9 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
             Lines of `judgements.jsonl`: `id`, `candidate`, `answers`, `scores`, `verdict`, `dropped`, `orders`,
             `model`, `prompt_version`.
         **selection:
-            `benchmarks`, `keep_benchmark_images`, `near_copy_bits`, `duplicate_similarity`, `validation_share`,
-            `length_balanced`, `seed`: see [`select_preferences`].
+            `benchmarks`, `keep_benchmark_images`, `near_hashes` (by default, those of the candidates are made),
+            `near_copy_bits`, `duplicate_similarity`, `validation_share`, `length_balanced`, `seed`: see
+            [`select_preferences`].
 
     Returns:
         [`Preferences`]. They may be empty; the counts say why.
@@ -92,7 +93,9 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
         else:
             pairs.append(_preference_row(row, candidate, judgement))
     is_hashed = "images" in candidates.column_names and selection.get("near_copy_bits", NEAR_COPY_BITS)
-    return select_preferences(pairs, rejected, near_hashes=hash_images(candidates) if is_hashed else {}, **selection)
+    if is_hashed and "near_hashes" not in selection:
+        selection["near_hashes"] = hash_images(candidates)
+    return select_preferences(pairs, rejected, **selection)
 
 
 def _why_unusable(judgement: Mapping, candidate: Mapping | None) -> str | None:

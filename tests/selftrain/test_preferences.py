@@ -301,6 +301,13 @@ def test_near_copies_of_benchmark_images_are_dropped_by_default():
     assert len(off.train) == 2 and "near_copy" not in off.counts["shared_with_benchmarks"]
 
 
+def test_images_whose_hashes_are_known_are_not_decoded(monkeypatch):
+    monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
+    candidates = [candidate(n, question="Is it dark?") | {"images": [Image.effect_noise((9, 9), 60)]} for n in (3, 4)]
+    codes = {"image3": 64 * "a", "image4": 63 * "a" + "b"}
+    assert list(reasons(build(candidates, near_hashes=codes)).values()) == ["near_duplicate_question"]
+
+
 def test_near_duplicate_questions_are_found_in_a_group_and_about_near_copies():
     same = [candidate(n, question="Is it dark?") for n in range(5)]
     pairs = build(grouped(same, "p", "p", "q", None, None)).train

@@ -45,6 +45,7 @@ from medst_trl.data.schema import features_of, with_stored_images, write_split
 from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
+from medst_trl.pipeline.lineage import read_inventory
 from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
@@ -169,6 +170,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
             print(f"judge: {number_of(sum(counts.values()), 'result')} read ({kinds}).")
         judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
+        if args.near_copy_bits:  # `prepare` has stored most hashes
+            selection["near_hashes"] = read_inventory(Path(args.candidates), [candidates]).hashes
         preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
         _write_preferences(args, candidates, preferences)
         record.finish(counts={"judge": statistics, "preferences": preferences.counts})
@@ -184,13 +187,10 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     else:
         check_url("base_url", args.base_url)
         args.check_calls(args.model)
-    check_bounds(
-        args,
-        at_least={"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0},
-        above={"duplicate_similarity": 0},
-        at_most={"duplicate_similarity": 1, "near_copy_bits": MOST_BITS},
-        below={"validation_share": 1},
-    )
+    at_least = {"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0}
+    at_most = {"duplicate_similarity": 1, "near_copy_bits": MOST_BITS}
+    above, below = {"duplicate_similarity": 0}, {"validation_share": 1}
+    check_bounds(args, at_least=at_least, above=above, at_most=at_most, below=below)
     if args.write_batch and args.read_batch:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
 
