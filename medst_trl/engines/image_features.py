@@ -43,6 +43,11 @@ class EncodedImage:
     grid: "torch.Tensor | None"
     tiles: int | None
 
+    @property
+    def bytes(self) -> int:
+        """Size of its features."""
+        return sum(rows.nbytes for rows in self.layers)
+
 
 class ImageFeatureCache:
     """
@@ -126,7 +131,7 @@ class ImageFeatureCache:
         # The first ones stay: they are also the first to be needed again.
         held = 0
         for image, encoded in list(self.known.items()):
-            held += sum(rows.nbytes for rows in encoded.layers)
+            held += encoded.bytes
             if held > MOST_BYTES and image not in keep:
                 del self.known[image]
 

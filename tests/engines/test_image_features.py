@@ -72,7 +72,7 @@ def test_features_are_freed_with_their_key():
 def test_images_of_the_current_batch_stay_if_there_is_no_room_for_all(monkeypatch):
     first, second, third, fourth = map(opened_image, range(4))
     memory = memory_of("vicuna", first, second)
-    monkeypatch.setattr(image_features, "MOST_BYTES", sum(rows.nbytes for rows in memory.known[first].layers))
+    monkeypatch.setattr(image_features, "MOST_BYTES", memory.known[first].bytes)
     memory.encode([third], keep=[second])
     assert all(image in memory.known for image in (first, second, third)), "images of the current batch are not kept"
     memory.encode([fourth])
