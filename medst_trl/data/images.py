@@ -111,10 +111,7 @@ def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_image(
-    path: str | os.PathLike | bytes,
-    settings: ImageSettings = _USUAL,
-    frame: int | None = None,
-    identify: bool = True,
+    path: str | os.PathLike | bytes, settings: ImageSettings = _USUAL, frame: int | None = None, identify: bool = True
 ) -> StoredImage:
     """
     Read one image of a file: of any format that PIL reads without another program, DICOM or NIfTI.
