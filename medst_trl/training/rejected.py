@@ -83,7 +83,7 @@ def usable_examples(
         UserError: if none is left.
     """
     lengths, reasons, problem, truncated, is_stream = {}, {}, None, 0, not has_length(dataset)
-    rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream else None)
+    rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream or rank() else None)
     for place, example in enumerate(rows):
         try:
             sizes = [check_image(image) for image in images_of(example)]

@@ -110,9 +110,9 @@ class StopSignals(TrainerCallback):
 
 
 def _protect_worker(is_active: torch.Tensor, init: Callable[[int], None] | None, worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, lambda number, frame: None if is_active else os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     if init is not None:
         init(worker_id)
 

@@ -464,7 +464,7 @@ import os, signal, time
 received = []
 def write(line):  # not by print, which a signal may interrupt
     os.write(1, f"{line}\\\\n".encode())
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: (received.append(number), write(int(number))))
 write("ready")
 while len(received) < LIMIT:
@@ -475,7 +475,7 @@ sys.exit(run([sys.executable, "-c", child], {}))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("limit, sent, code", [(1, 1, 7), (2, 2, 7), (9, 3, 128 + signal.SIGKILL)])
 def test_a_stage_can_save_its_work_after_a_signal_and_a_third_one_kills_it(number, limit, sent, code):
     process = subprocess.Popen(
