@@ -268,9 +268,8 @@ def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dat
     for place, benchmark in benchmarks:
         bits = nearest_record(place)[1].get("settings", {}).get("near_copy_bits", NEAR_COPY_BITS)
         tested, compared = read_inventory(place, [benchmark] if sources else []), []
-        why_not_near = "near_copy_bits is 0"
-        if bits:
-            why_not_near = None if any(tested.hashes.values()) else "all images of the benchmark are too plain"
+        plain = None if any(tested.hashes.values()) else "all images of the benchmark are too plain"
+        why_not_near = plain if bits else "near_copy_bits is 0"
         for entry, inventory, reason in sources:
             reasons = dict.fromkeys(FIGURES, reason) | ({"exact": None} if is_complete else {})
             reasons["near"] = reason or why_not_near
