@@ -14,6 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.families import family_of
 from medst_trl.policy.vusr import in_form, neutralise_parts, turn_format
 
@@ -146,8 +147,10 @@ def _settings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 
     from medst_trl.policy.generation import TOKENS
 
-    # `load_policy` has added what a policy needs: tokens that end a text, and `<vusr>` as one that is never written.
-    own = {name: getattr(model.generation_config, name) for name in TOKENS} | {"pad_token_id": tokenizer.pad_token_id}
+    config, vusr = model.generation_config, tokenizer.get_vocab().get(VUSR)  # a token of prompts, never written
+    never = {*(config.suppress_tokens or ()), vusr} - {None}
+    own = {name: getattr(config, name) for name in TOKENS}  # with what `load_policy` has added
+    own |= {"pad_token_id": tokenizer.pad_token_id, "suppress_tokens": sorted(never) or None}
     unset = GenerationConfig().to_dict().keys() - {"max_new_tokens"}  # which is given for each call
     return dict.fromkeys(unset) | GREEDY | own
 
