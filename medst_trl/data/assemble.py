@@ -89,6 +89,10 @@ def assemble(
     # The index of an interrupted run of version 0.1.0 has no hashes.
     is_compared = near_copy_bits and {*image_ids.values()} <= index.hashes.keys()
     splits, overlap, removed = hold_out(usable, image_ids, disjoint, near if is_compared else None)
+    for split in ("test", "validation"):  # they have kept others out of train
+        unlabelled = [item for item in splits[split] if isinstance(item, Conversation) and not item.messages]
+        rejected += [Rejected(item.id, f"unlabeled_{split}_image", item.images[0]) for item in unlabelled]
+        splits[split] = [item for item in splits[split] if isinstance(item, Question) or item.messages]
     rows, drawn = _rows(records.name, splits, image_ids, grouping, validation_fraction, seed)
     rejected += removed + drawn
     together = {image_ids[name]: _joined(record, image_ids, grouping) for record in usable for name in record.images}
@@ -119,10 +123,10 @@ def _usable(
         ids, own = [index.image_ids[name] for name in record.images], groups.of_key(record.group)
         found = [index.group_ids.get(name) for name in record.images]
         if isinstance(record, Conversation) and not record.messages:
-            if ids[0] in unlabelled:  # each unlabelled image once
-                rejected.append(Rejected(record.id, "duplicate_image", unlabelled[ids[0]].images[0]))
+            if (known := unlabelled.setdefault((ids[0], record.split), record)) is not record:  # each once
+                rejected.append(Rejected(record.id, "duplicate_image", known.images[0]))
                 continue
-            unlabelled[ids[0]] = record = replace(record, id=f"image-{ids[0][:16]}")
+            record = replace(record, id=f"image-{ids[0][:16]}")
         else:
             files = record.images if records.image_folder else ()
             names = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}

@@ -174,7 +174,8 @@ def published_id(
         group_ids (collection of `str`, *optional*):
             Groups of its images, which are known by their hashes only, such as patients in DICOM headers.
         keyed (`Callable`, *optional*):
-            Makes the hashes of groups, and of an id with a group, see [`~medst_trl.data.groups.GroupIds.of_key`].
+            Makes the hashes of groups, and of an id with a group, which needs it. See
+            [`~medst_trl.data.groups.GroupIds.of_key`].
     """
     stems = {part.partition(".")[0] for image in images for part in image.replace("\\", "/").split("/")}
     text, stems = name.casefold(), {stem.casefold() for stem in stems - SPLIT_NAMES.keys()}

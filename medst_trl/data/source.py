@@ -66,7 +66,7 @@ class Conversation:
         id (`str`): Unique in its source.
         images (`tuple[str, ...]`): File names inside the directory of images, in the order of the image parts.
         messages (`list[dict]`): Made by `schema.message`; empty for unlabeled images.
-        split (`str`): `"train"` or `"validation"`, as the source has it.
+        split (`str`): `"train"` or `"validation"`, as the source has it; for unlabeled images also `"test"`.
         group (`str` or `None`): What must stay in one split, such as a patient, as the source names it.
     """
 
@@ -382,14 +382,11 @@ SOURCES: Registry[Source] = Registry(
 def question_or_image(name: str, row: Mapping[str, Any]) -> Question | Conversation:
     """
     Make a question of the row of a table, or an unlabeled image of a row without question and answer. Unlabeled images
-    are training data: those of another split are rejected, `unlabeled_test_image` or `unlabeled_validation_image`.
+    of test or validation are in no dataset, see [`~medst_trl.data.assemble.assemble`].
     """
     if not (cells.is_missing(row.get("question")) and cells.is_missing(row.get("answer"))):
         return Question.from_row(name, row)
-    images, split = cells.image_cell(row.get("image")), cells.read_split(row.get("split"))
-    if split != "train":
-        raise BadRecord(f"unlabeled_{split}_image", row.get("image"))
-    return Conversation(name, images, [])
+    return Conversation(name, cells.image_cell(row.get("image")), [], cells.read_split(row.get("split")))
 
 
 def free_id(name: str, taken: dict[str, int]) -> str:

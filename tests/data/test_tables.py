@@ -504,16 +504,16 @@ def test_several_images_may_be_a_list_in_json(tmp_path):
     ]  # fmt: skip
 
 
-def test_images_without_question_of_another_split_do_not_become_training_data(tmp_path):
+def test_images_without_question_have_a_split(tmp_path):
     rows = [
         {"image": f"{n}.png", "question": question, "answer": question, "split": split}
         for n, (question, split) in enumerate([("", "test"), ("#N/A", "val"), ("nan", ""), ("", "fold 1")])
     ]
     source = read_table(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
-    assert [conversation.images for conversation in source.conversations] == [("2.png",)]
-    assert [(item.reason, item.value) for item in source.rejected] == [
-        ("unlabeled_test_image", "0.png"), ("unlabeled_validation_image", "1.png"), ("bad_split", "fold 1"),
+    assert [(conversation.images, conversation.split) for conversation in source.conversations] == [
+        (("0.png",), "test"), (("1.png",), "validation"), (("2.png",), "train"),
     ]  # fmt: skip
+    assert [(item.reason, item.value) for item in source.rejected] == [("bad_split", "fold 1")]
 
 
 def test_captions_of_another_split_are_no_training_data(tmp_path):

@@ -122,6 +122,25 @@ def test_a_salt_that_overwrite_would_delete_is_refused(tmp_path, monkeypatch, sa
         check(PrepareArguments(str(tmp_path / "out"), "phantoms"))
 
 
+def test_unlabeled_images_of_other_splits_are_no_training_data_and_keep_their_patients_out(tmp_path):
+    for number in range(5):
+        save(tmp_path / f"{number}.png", number)
+    rows = [
+        {"image": f"{image}.png", "question": "", "answer": "", "split": split, "patient": patient}
+        for image, split, patient in [
+            (0, "train", "A"), (1, "train", "B"), (2, "test", "B"), (3, "val", "C"), (4, "train", "D"),
+            (0, "test", "A"),
+        ]
+    ]  # fmt: skip
+    table = write_table(tmp_path / "t.csv", rows)
+    for disjoint, patients_left in (("none", "ABD"), ("image", "BD"), ("group", "D")):
+        directory, _ = prepare(tmp_path, disjoint, data_path=str(table), group_column="patient", disjoint=disjoint)
+        ids = GroupIds(tmp_path / "salt", kind="patient")
+        assert groups_of(directory) == {"images/train": {ids.of_key(name) for name in patients_left}}
+        reasons = [row["reason"] for row in read_jsonl(directory / "rejected.jsonl")]
+        assert reasons.count("unlabeled_test_image") == 2 and reasons.count("unlabeled_validation_image") == 1
+
+
 def test_ids_that_name_the_patient_of_a_dicom_header_are_hashed(tmp_path):
     for number in range(2):
         dicom(tmp_path / "scans" / f"{number}.dcm", "HOSP-4711", "1.2", number)
