@@ -3,6 +3,7 @@
 """Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
@@ -118,17 +119,11 @@ def load_processor(
         if not base:
             raise UserError(f"The adapter {model_name_or_path!r} names no base model. Pass base_model_name_or_path.")
         base_kwargs = kwargs | {"revision": base_revision or (None if base_model_name_or_path else adapter.revision)}
-    try:
+        where = f"The base of the adapter {model_name_or_path!r} (pass base_model_name_or_path if it has moved)"
+    with nullcontext() if adapter is None else located(where):
         if adapter is not None:
             check_reachable(base)
         config = read_model_config(base, **base_kwargs)
-    except UserError as error:
-        if adapter is None:
-            raise
-        raise UserError(
-            f"The base model of the adapter {model_name_or_path!r} cannot be used (pass base_model_name_or_path if it "
-            f"has moved): {error}"
-        ) from error
     files = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     own = [find_model_file(model_name_or_path, file, revision, local_files_only=False) for file in files]
     if adapter is None or (own[0] and any(own[1:])):

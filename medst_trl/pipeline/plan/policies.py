@@ -181,13 +181,12 @@ def meta_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
     """
     name, hub = _find(name_or_path)
     try:
-        return on_meta(
-            read_model_config(name, trust_remote_code=trust_remote_code, **hub), trust_remote_code=trust_remote_code
-        )
+        config = read_model_config(name, trust_remote_code=trust_remote_code, **hub)
     except UserError as error:
         if hub["local_files_only"] and isinstance(error.__cause__, OSError):
             raise NotKnownYet(f"config not available offline: {name_or_path}") from None
         raise
+    return on_meta(config, trust_remote_code=trust_remote_code)
 
 
 def _find(name_or_path: str) -> tuple[str, dict[str, Any]]:

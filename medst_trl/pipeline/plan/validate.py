@@ -148,10 +148,8 @@ def _check_on_disk(item: Input, path: Path, split: str) -> None:
         raise UserError(f"{path} contains no model (config.json) and no adapter.")
     if not item.is_dataset or item.kind == ANY:
         return
-    try:
+    with located(str(path)):
         check_missing(columns_and_rows(path, split, item.kind)[0], item.kind)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _launch(step: Step, arguments: tuple[Any, ...]) -> Iterator[str]:
