@@ -221,9 +221,10 @@ def _shared_with_benchmarks(
     found, held.near = [], near_copies(images.hashes, held.hashes, near_copy_bits)
     for pair in pairs:
         question = normalised(_text(pair, "prompt"))
-        relation, _ = held.relation(pair["image_ids"], pair.get("group_id"), question)
-        alone = "question" if question in held.texts else "nothing"
-        found.append({"question": "image_and_question", "nothing": alone}.get(relation, relation))
+        relation, _ = held.relation(pair["image_ids"], pair.get("group_id"))
+        if relation == "image" and held.relation(pair["image_ids"], None, question)[0] == "question":
+            relation = "image_and_question"
+        found.append("question" if relation == "nothing" and question in held.texts else relation)
     is_hashed = images.hashes and held.hashes and near_copy_bits
     compared = ["image_and_question", "image", *(["near_copy"] if is_hashed else []), "question"]
     counts = {"shared_with_benchmarks": {what: found.count(what) for what in compared}}
