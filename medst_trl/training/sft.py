@@ -108,6 +108,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             datasets = datasets_by_name(train_dataset, eval_dataset)
             train_dataset, eval_dataset = self.reject_examples(args, datasets, usable_conversations, collator)
+        elif args.train_sampling_strategy == "group_by_length":
+            counting = DataCollatorForSelfQuestioning(processing_class, max_length=args.max_length)
+            self.train_lengths = usable_conversations(train_dataset, counting).lengths
         if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
             logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
         super().__init__(
