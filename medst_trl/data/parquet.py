@@ -88,8 +88,7 @@ class TableImages(FolderImages):
         """Yield the rows of a dataset with names in place of the images. `columns` are the names of its columns."""
         dataset = with_stored_images(dataset)
         for position, values in enumerate(dataset):
-            given = zip(columns, values.values())
-            row = default | {column: value for column, value in given if value is not None}
+            row = default | {name: value for name, value in zip(columns, values.values()) if value is not None}
             image, place = row.get("image"), partial(_bytes_at, dataset, position, columns.index("image"))
             if isinstance(image, list):
                 row["image"] = [self._name(one, partial(place, number)) for number, one in enumerate(image)]
