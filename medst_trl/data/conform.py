@@ -173,7 +173,7 @@ class RowReader:
     def __init__(self, kind: Kind, names: Collection[str]):
         self.kind, self.names, self.group_ids = kind, names, GroupIds()
         self.texts = [name for name in messages_of(kind) if name in names]
-        self.problems, self.used = [], 0
+        self.problems, self.used, self._taken = [], 0, {}
 
     @contextmanager
     def counted(self, where: str) -> Iterator[None]:
@@ -199,10 +199,10 @@ class RowReader:
             Exception: any, if it cannot be used; see [`RowReader.counted`].
         """
         row = typed_messages(record, self.texts, images) if self.texts else {}
-        row |= {name: self.value(name, record.get(name)) for name in self.names if name not in row}
+        row |= {name: self.value(name, record.get(name)) for name in self.names if name not in (*row, "questions")}
         if "id" in row:
             row["id"] = row["id"] or str(place)
-        if "questions" in row:
+        if "questions" in self.names:
             row["questions"] = list(self._questions(record, place, where))
         self.used += len(row.get("questions", [1]))
         return row
@@ -235,7 +235,7 @@ class RowReader:
             with self.counted(where):
                 own = next((row[name] for name in ("question_id", "id") if not is_missing(row.get(name))), None)
                 own = (f"{place}-{number}" if number else place) if own is None else own
-                question = Question.from_row(str(own), row | {"image": "its", "split": "test"})
+                question = Question.from_row(free_id(str(own), self._taken), row | {"image": "its", "split": "test"})
                 yield {field: getattr(question, field) for field in QUESTION_FIELDS}
 
     def empty(self, record: Mapping[str, Any], images: int, place: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets of other people in our columns: the same content in any usual form gives the same rows."""
 
+from datetime import datetime
+
 import hypothesis.strategies as st
 import pyarrow as pa
 import pytest
@@ -287,6 +289,18 @@ def test_a_question_that_cannot_be_used_does_not_cost_the_others_of_its_image(ca
     found = conform(Dataset.from_dict({"image": [image(1), image(2)], "questions": asked}), "benchmark")
     assert [[question["question"] for question in row] for row in found["questions"]] == [["Normal?"], []]
     assert "1 of 2 rows cannot be used. The first: row 0: no_answer" in capsys.readouterr().out
+
+
+def test_questions_that_repeat_an_id_get_another_one():
+    rows = [{"image": image(n), "question": "Normal?", "answer": "no", "id": "q"} for n in range(2)]
+    found = conformed(rows, "benchmark")
+    assert [question["id"] for row in found["questions"] for question in row] == ["q", "q-2"]
+
+
+def test_questions_may_have_further_columns_of_any_type():
+    asked = [[{"question": "Normal?", "answer": "no", "asked": datetime(2026, 1, 1)}]]
+    found = conform(Dataset.from_dict({"image": [image(1)], "questions": asked}), "benchmark")
+    assert found[0]["questions"][0]["answer"] == "no"
 
 
 def test_candidates_without_two_answers_have_none(capsys):
