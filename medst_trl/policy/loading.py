@@ -91,7 +91,7 @@ def load_policy(
     set_vusr_role(processor, vusr_role)
     if load_in_4bit:
         model_kwargs["quantization_config"] = four_bit_config(base, dtype, **base_kwargs)
-    model = _load_base(base, dtype, model_kwargs | base_kwargs, adapter=None if adapter is None else name)
+    model = _load_base(base, dtype, model_kwargs | base_kwargs)
     prepare_policy(model, processor)
     if adapter is not None:
         tokens = len(processor.tokenizer) - (add_vusr(processor) is not None)
@@ -183,13 +183,11 @@ def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type 
         raise _not_loaded("processor", name_or_path, error) from error
 
 
-def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adapter: str | None) -> PreTrainedModel:
+def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
     """
     Load a model without an adapter, and check that no weight was missing: transformers initializes those at random and
-    only logs it. `adapter` is the adapter whose base it is, for messages.
+    only logs it.
     """
-    of = f" (the base that the adapter {adapter!r} names; pass base_model_name_or_path if it has moved)"
-    failed = f"No vision-language model could be loaded from {base!r}{of if adapter else ''}: "
     if (generation := read_generation_config(base, kwargs["revision"])) is not None:
         kwargs = kwargs | {"generation_config": generation}
     try:
@@ -197,16 +195,18 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any], adap
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (*LOADING_ERRORS, ImportError, SafetensorError) as error:
-        raise UserError(failed + _reason(error)) from error
+        raise _not_loaded("vision-language model", base, error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"{failed}some of its weights have other shapes than config.json says (listed above). Download it again."
+            f"Some weights of {base!r} have other shapes than config.json says (listed above). Download it again."
         ) from error
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - MAX_TENSORS} more" if len(missing) > MAX_TENSORS else ""
-        raise UserError(f"{failed}its files lack {', '.join(missing[:MAX_TENSORS])}{more}. Download it again.")
+        raise UserError(
+            f"{base!r} is incomplete: its files lack {', '.join(missing[:MAX_TENSORS])}{more}. Download it again."
+        )
     # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
     model.hub_commit = hub_commit(base, "config.json", kwargs["revision"])
     return model
