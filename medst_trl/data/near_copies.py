@@ -5,8 +5,8 @@ Find near copies: resized or re-encoded copies of an image, which have other pix
 
 A perceptual hash describes an image by its coarse structure. Measured on the 315 images of VQA-RAD: copies (half to
 double size, squeezed to 224 x 224, JPEG of quality 30) differ from their originals by at most 8 of 256 bits, and two
-originals by at least 76. Copies that lost 5% of width and height differ by 50 bits on average and are not found, nor
-are mirrored or rotated ones.
+originals by at least 76. Copies that lost 5% of width and height differ by 50 bits on average and are not found.
+Mirrored, rotated, padded, inverted and brighter copies are not found either.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from medst_trl.base.processes import cores, ordered_map
 
 
 _SIDE, _WAVES = 64, 16  # pixels of the reduced image; frequencies in each direction
-_MIN_CONTRAST = 1.0  # gray levels; a plain image has only the noise of its compression
+_MIN_CONTRAST = 1.0  # gray levels; an eighth of the frequencies of a plain image has less, only noise of compression
 _AT_ONCE = 1 << 20  # comparisons, which need 8 bytes each
 
 
@@ -28,8 +28,8 @@ def perceptual_hash(image: Image.Image) -> str | None:
     Describe an image by the signs of its 16 x 16 lowest frequencies that vary in both directions.
 
     Returns:
-        `str` or `None`: 256 bits as 64 hexadecimal digits. None for an image without structure, which would resemble
-        every other one.
+        `str` or `None`: 256 bits as 64 hexadecimal digits. None for a plain image: bits of only noise would differ
+        between an image and its copy.
     """
     gray = image.convert("L")
     # By whole factors first: the image as floats would need four times the memory.
@@ -62,6 +62,8 @@ def near_copies(first: Mapping[str, str | None], second: Mapping[str, str | None
     Returns:
         `dict`: an `image_id` of `first` to its near copies in `second`, if it has any. An image is not its own copy.
     """
+    from tqdm.auto import tqdm
+
     near: dict[str, set[str]] = {}
     names, others = ([name for name, code in hashes.items() if code] for hashes in (first, second))
     if not bits or not names or not others:
@@ -81,7 +83,9 @@ def near_copies(first: Mapping[str, str | None], second: Mapping[str, str | None
         is_near = np.bitwise_count(codes[row] ^ other_codes[column]).sum(axis=1) <= bits
         return np.stack((row, column), axis=1)[is_near].tolist()
 
-    for places in ordered_map(compare, range(0, len(names), rows), cores()):
+    starts = range(0, len(names), rows)
+    found = tqdm(ordered_map(compare, starts, cores()), "near copies", len(starts), disable=len(starts) < 1000 or None)
+    for places in found:
         for row, column in places:
             for one, other in [(row, column), (column, row)][: 1 + (first is second)]:
                 if names[one] != others[other]:
