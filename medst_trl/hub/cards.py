@@ -266,7 +266,7 @@ def steps_to(directory: Path, run: Path | None = None) -> list[dict[str, Any]]:
     for record in records_of(directory, run).values():
         # One that is damaged, or of another program: the card says less.
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            inputs = record["inputs"]
+            inputs = {name: sources for name, sources in record["inputs"].items() if name != "group_salt"}
             steps.append({
                 "stage": record["stage"],
                 "settings": _public_settings(record["stage"], record.get("settings", {}), inputs),

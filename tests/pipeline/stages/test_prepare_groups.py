@@ -17,6 +17,7 @@ from medst_trl.data.identify import hash_images
 from medst_trl.data.loading import load_records
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
+from medst_trl.hub.cards import steps_to
 from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main
 
 
@@ -98,6 +99,7 @@ def test_no_file_names_a_patient_or_the_salt(tmp_path):
         {"path": "group_salt", "sha256": salt_of(GroupIds(tmp_path / "my_salt", kind="patient_id").of_key(""))}
     ]
     assert "group_salt" not in STAGE.shown_settings({"group_salt": "StMarysHospital.key"})
+    assert "salt" not in str(steps_to(directory))
 
 
 def test_a_salt_is_compared_by_its_content(tmp_path, capsys):
