@@ -19,7 +19,7 @@ from medst_trl.base.processes import cores, ordered_map
 
 
 _SIDE, _WAVES = 64, 16  # pixels of the reduced image; frequencies in each direction
-_MIN_CONTRAST = 1.0  # gray levels; an eighth of the frequencies of a plain image has less, only noise of compression
+_MIN_CONTRAST = 1.0  # gray levels; a fifth of the frequencies of a plain image has less, only noise of compression
 _AT_ONCE = 1 << 20  # comparisons, which need 8 bytes each
 
 
@@ -37,7 +37,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
     pixels = np.asarray(gray.convert("F").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS))
     waves = _waves() @ pixels @ _waves().T
     waves -= np.median(waves)
-    if np.quantile(np.abs(waves), 1 / 8) < _MIN_CONTRAST:
+    if np.quantile(np.abs(waves), 1 / 5) < _MIN_CONTRAST:
         return None
     return np.packbits(waves > 0).tobytes().hex()
 
