@@ -178,8 +178,6 @@ def select_preferences(
         seed (`int`, *optional*, defaults to 0):
             Seed for the selection of validation images and of pairs dropped for the balance.
     """
-    from medst_trl.data.near_copies import near_copies
-
     rejected, images, held = list(rejected), Inventory(hashes=near_hashes or {}), Inventory()
     total = len(pairs) + len(rejected)
     for pair in pairs:
@@ -187,9 +185,7 @@ def select_preferences(
     for benchmark in benchmarks:
         held.add(benchmark, {} if images.hashes and near_copy_bits and "image" in benchmark.column_names else None)
     shared, counts_shared = _shared_with_benchmarks(pairs, images, held, near_copy_bits)
-    near = near_copies(images.hashes, images.hashes, near_copy_bits)
-    plain = {image_id for image_id, code in images.hashes.items() if code is None}
-    grouping = Grouping(((pair["image_ids"], [pair.get("group_id")]) for pair in pairs), near, plain)
+    grouping = _grouping(pairs, images.hashes, near_copy_bits)
     usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
     if duplicate_similarity is not None:
@@ -207,6 +203,14 @@ def select_preferences(
         "lengths": {name: length_statistics(rows) for name, rows in splits.items() if rows},
     }
     return Preferences(**splits, rejected=[item.as_row() for item in rejected], counts=counts)
+
+
+def _grouping(pairs: Sequence[dict], hashes: Mapping[str, str | None], near_copy_bits: int) -> Grouping:
+    from medst_trl.data.near_copies import near_copies
+
+    plain = {image_id for image_id, code in hashes.items() if code is None}
+    records = ((pair["image_ids"], [pair.get("group_id")]) for pair in pairs)
+    return Grouping(records, near_copies(hashes, hashes, near_copy_bits), plain)
 
 
 def _shared_with_benchmarks(

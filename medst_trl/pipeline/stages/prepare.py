@@ -23,7 +23,7 @@ training data of groups that are also in the test or validation set.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from medst_trl.data.source import (
     SOURCES,
     ImageReader,
     Records,
+    Rejected,
     Source,
     SourceRequest,
     check_image_folder,
@@ -167,19 +168,25 @@ def main(args: PrepareArguments, *others: Any) -> None:
         rows, rejected, counts = assemble(records, index, groups=groups, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
-            if not rejected:
-                where = f" in {request.data_path}" if request.data_path else ""
-                raise UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
-            first = next(item.as_row() for item in rejected if item.reason == next(iter(counts["rejected"])))
-            notes = (f"; {what.replace('_', ' ')}: {note}" for what, note in records.counts.items() if note)
-            raise UserError(
-                f"Nothing in {request.data_path or args.source} can be used: {list_reasons(counts['rejected'])}, for "
-                f"example {first['value'] or first['id']!r}{''.join(notes)}. Correct the data or the settings (see "
-                f"{output_dir / 'rejected.jsonl'}), and add --overwrite."
-            )
+            raise _nothing_usable(args, counts["rejected"], records.counts, rejected)
         _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
+
+
+def _nothing_usable(
+    args: PrepareArguments, reasons: Mapping[str, int], notes: Mapping[str, Any], rejected: Sequence[Rejected]
+) -> UserError:
+    if not rejected:
+        where = f" in {args.data_path}" if args.data_path else ""
+        return UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
+    first = next(item.as_row() for item in rejected if item.reason == next(iter(reasons)))
+    noted = (f"; {what.replace('_', ' ')}: {note}" for what, note in notes.items() if note)
+    return UserError(
+        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}, for example "
+        f"{first['value'] or first['id']!r}{''.join(noted)}. Correct the data or the settings (see "
+        f"{Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
+    )
 
 
 def check(args: PrepareArguments, *others: Any) -> None:
