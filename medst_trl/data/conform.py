@@ -233,6 +233,8 @@ class RowReader:
         """The questions of a row of a benchmark, from its list or from one question per row."""
         for number, row in enumerate(record["questions"] or () if "questions" in record else [record]):
             with self.counted(where):
+                if not isinstance(row, Mapping):
+                    raise TypeError("a question must be an object with the keys question and answer")
                 own = next((row[name] for name in ("question_id", "id") if not is_missing(row.get(name))), None)
                 own = (f"{place}-{number}" if number else place) if own is None else own
                 question = Question.from_row(free_id(str(own), self._taken), row | {"image": "its", "split": "test"})
