@@ -159,10 +159,10 @@ def published_id(
     """
     Return an id or link as it may be published: its own, unless it reveals a file or a group, such as a patient.
 
-    That is an id with a path in it, with the suffix of an image, or with the name of the group, of one of the images
-    or of a directory of these. It becomes `id-` and 16 hexadecimal digits of its SHA-256. Anyone who has the source
-    data can find the record again with the same rule. If there is a group, the hash is keyed, because all numbers of
-    patients can be tried.
+    That is an id with a path in it, with the suffix of an image, or with the name of the group, a part of it of at
+    least four letters or digits, or the name of one of the images or of a directory of these. It becomes `id-` and 16
+    hexadecimal digits of its SHA-256. Anyone who has the source data can find the record again with the same rule. If
+    there is a group, the hash is keyed, because all numbers of patients can be tried.
 
     Args:
         name (`str`):
@@ -186,6 +186,7 @@ def published_id(
         or PurePosixPath(name.partition("#")[0]).suffix.lower() in image_suffixes()
         or any(stem == text or (len(stem) > 3 and stem in text) for stem in stems)
         or (group is not None and _words(group) in _words(name))
+        or any(len(word) > 3 and f" {word} " in _words(name) for word in _words(group or "").split())
         or (groups and any(keyed(part) in groups for part in _parts(name)))
     )
     if not is_revealing:
