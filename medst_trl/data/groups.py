@@ -18,11 +18,10 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
 from types import MappingProxyType
 
 from medst_trl.base.errors import UserError
-
-from .cells import column_name
 
 
 GROUP_LEVELS = ("patient", "study", "directory")
@@ -45,12 +44,12 @@ class GroupIds:
         group_by (`str`, *optional*, defaults to `"patient"`):
             What makes a group of images: `"patient"` or `"study"` in DICOM headers, or `"directory"`; with
             `"directory:1"` its first level, and so on.
-        kind (`str`, *optional*):
-            What the groups are, such as the column that names them. Defaults to `group_by`.
+        column (`str`, *optional*):
+            Column that names the groups of records. Those of any column count as patients.
     """
 
-    def __init__(self, salt_file: str | Path | None = None, group_by: str = "patient", kind: str | None = None):
-        self.salt_file, self.kind = salt_file, column_name(kind or group_by)
+    def __init__(self, salt_file: str | Path | None = None, group_by: str = "patient", column: str | None = None):
+        self.salt_file, self.kind = salt_file, "patient" if column else group_by
         self.level, _, self.depth = group_by.partition(":")
 
     @cached_property
@@ -86,17 +85,15 @@ def group_id(salt: bytes, key: str, kind: str = "") -> str:
 
 
 def salt_of(group: str) -> str:
-    """
-    Return the digits of a group id that identify its salt and kind. Only groups with the same digits can be compared.
-    Ids of your own without a dash have an empty one.
-    """
+    """Return the digits of a group id that identify its salt and kind. Only groups with the same can be compared."""
     return group.rpartition("-")[0]
 
 
 def salt_path(path: str | os.PathLike | None = None) -> Path:
     """Return the path of the salt: the given one, or else the default. See [`GroupIds`]."""
     data_home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt")).expanduser()
+    path = path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt")
+    return Path(os.path.expanduser(path))  # leaves `~` if there is no home directory, `Path.expanduser` would fail
 
 
 def read_salt(path: str | os.PathLike | None = None) -> bytes:
@@ -107,12 +104,14 @@ def read_salt(path: str | os.PathLike | None = None) -> bytes:
         UserError: if the file cannot be read or created, is not a regular file, or is too short for a salt.
     """
     path = salt_path(path)
+    if path.parts[0].startswith("~"):
+        raise UserError(f"group_salt is {path}, but there is no home directory. Set --group_salt to another file.")
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # another process was faster
-                with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                    file.write(secrets.token_bytes(_SALT_BYTES))
+            with suppress(FileExistsError), NamedTemporaryFile(dir=path.parent, buffering=0) as file:
+                file.write(secrets.token_bytes(_SALT_BYTES))
+                os.link(file.name, path)  # with all bytes, unless another process was faster
                 print(f"Group ids are hashed with the new salt {path}. Keep it private, and use it for all datasets.")
         if not path.is_file():
             raise UserError(f"group_salt is not a regular file: {path}. Set --group_salt to a file of your own.")
@@ -135,7 +134,7 @@ class Grouping:
 
     Near copies are joined in chains: of the slices of a volume, each is a near copy of the next. That is right for
     what must not be divided. To find what two splits share, compare the images directly, see
-    [`~medst_trl.data.overlap.Overlap`].
+    [`~medst_trl.data.overlap.Inventory`].
 
     Args:
         records (iterable of `tuple`):
@@ -160,14 +159,19 @@ class Grouping:
         self._same = representatives(keys)
         groups = sorted((key for key in self._same if key.startswith("~")), reverse=True)
         self._groups = {self._same[key]: key[1:] for key in groups}  # the smallest one wins
+        self.near = defaultdict(set)  # without those of another group
         for one, other in ((one, other) for one, copies in near.items() for other in copies):
             if not (groups_of[one] and groups_of[other]) or groups_of[one] & groups_of[other]:
                 keys.append([one, other])
+                self.near[one].add(other)
         self._joined = representatives(keys)
 
-    def of(self, image_ids: Collection[str], group: str | None, default: str) -> str:
-        """Return the name of all that is joined with a record; `default` if it has neither image nor group."""
-        return next((self._joined[key] for key in _keys(image_ids, [group])), default)
+    def of(self, image_ids: Collection[str], group: str | None, default: str, near: bool = True) -> str:
+        """
+        Return the name of all that is joined with a record, by default also by near copies; `default` if it has
+        neither image nor group.
+        """
+        return next(((self._joined if near else self._same)[key] for key in _keys(image_ids, [group])), default)
 
     def group(self, image_ids: Collection[str], groups: Collection[str | None]) -> str | None:
         """

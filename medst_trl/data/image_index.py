@@ -122,6 +122,12 @@ def index_images(
     )
 
 
+def check_salt(path: Path, groups: GroupIds) -> None:
+    """Refuse a finished index with group ids of another salt."""
+    if any(entry.get("group_id") and not _is_same(entry, groups) for entry in read_jsonl(path)):
+        raise UserError(f"{path} was written with another group_salt. Set that one, or add --overwrite.")
+
+
 def _entry(name: str, found: StoredImage | ImageProblem, groups: GroupIds) -> dict:
     if isinstance(found, ImageProblem):
         return {"image": name, "reason": found.reason, "detail": f"{name}: {found}", "group_id": None}

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .groups import salt_of
 from .schema import text_of
 
 
@@ -30,8 +31,8 @@ class Inventory:
     Attributes:
         questions (`dict`): `image_id` to the normalized questions about the image.
         texts (`set`): Normalized questions about any image or none.
-        members (`dict`): Group, without the digits of its salt (see `salt_of`), to its images.
-        salts (`set`): These digits. Groups of other salts or of another kind cannot be compared.
+        members (`dict`): Group to its images.
+        salts (`set`): What [`~medst_trl.data.groups.salt_of`] returns for these groups.
         near (`dict`): `image_id` of other images to their near copies, see
             [`~medst_trl.data.near_copies.near_copies`].
         hashes (`dict`): `image_id` to the near hash; None for a plain image.
@@ -71,9 +72,8 @@ class Inventory:
         for image in image_ids:
             self.questions[image] += questions
         if group:
-            salt, _, key = group.rpartition("-")
-            self.salts.add(salt)
-            self.members[key] |= {*image_ids}
+            self.salts.add(salt_of(group))
+            self.members[group] |= {*image_ids}
 
     def relation(self, image_ids: Collection[str], group: str | None = None, question: str | None = None) -> tuple:
         """
@@ -91,7 +91,7 @@ class Inventory:
         for relation, images in (("image", image_ids), ("near_copy", copies)):
             if found := next((image for image in images if image in self.questions), None):
                 return relation, found
-        return ("group", group) if group and group.rpartition("-")[2] in self.members else ("nothing", None)
+        return ("group", group) if group in self.members else ("nothing", None)
 
 
 def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]]]:
@@ -115,7 +115,7 @@ def why_groups_differ(benchmark: Inventory, training: Inventory) -> str | None:
     for name, inventory in (("benchmark", benchmark), ("training data", training)):
         if not inventory.salts:
             return f"the {name} has no groups"
-    if not benchmark.salts <= training.salts:
+    if benchmark.salts != training.salts:
         return "groups of another kind, or hashed with another salt"
     missing = training.questions.keys() - set().union(*training.members.values())
     return f"{len(missing):,} training images have no group" if missing else None

@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a record shares with a benchmark or another split is the closest relation, and only compared if it can be."""
+"""The closest relation between a record and a benchmark or another split is reported."""
 
 import pytest
 
@@ -21,6 +21,7 @@ def test_the_closest_relation_is_found():
     assert held.relation(["x", "d"], "s-P") == ("near_copy", "b")
     assert held.relation(["x"], "s-P") == ("group", "s-P")
     assert held.relation(["e"], None) == held.relation([], "s-Q") == ("nothing", None)  # no chains of copies
+    assert held.relation(["x"], "r-P") == ("nothing", None)  # of another salt or kind
     assert held.relation(["x", "d"], "s-P", "where") == ("question", "where")
     assert held.relation(["a"], None, "where") == ("image", "a") and held.texts == {"normal", "where"}
 
@@ -31,7 +32,7 @@ def test_the_closest_relation_is_found():
         (inventory((["t"], "s-1"), (["u"], "s-2")), None),
         (inventory((["t"], None)), "the training data has no groups"),
         (inventory((["t"], "r-1")), "groups of another kind, or hashed with another salt"),
-        (inventory((["t"], "s-1"), (["v"], "r-1")), None),
+        (inventory((["t"], "s-1"), (["v"], "r-1")), "groups of another kind, or hashed with another salt"),
         (inventory((["t"], "s-1"), (["u"], None)), "1 training images have no group"),
     ],
 )

@@ -138,7 +138,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
-    from medst_trl.data.image_index import INDEX_FILE, choose_frames, index_images
+    from medst_trl.data.image_index import INDEX_FILE, check_salt, choose_frames, index_images
     from medst_trl.data.images import FolderImages
 
     check(args, *others)
@@ -147,12 +147,12 @@ def main(args: PrepareArguments, *others: Any) -> None:
     read = cache(lambda: _read(args, source, request, images))
     groups = GroupIds(args.group_salt, args.group_by or "patient", args.group_column)
     inputs = _inputs(source, request, images, read)
-    if args.group_column or args.group_by:  # otherwise DICOM files may have groups; their index is compared
+    if args.group_column or args.group_by:  # otherwise DICOM files may have groups, see `check_salt`
         inputs["group_salt"] = {"path": "group_salt", "sha256": salt_of(groups.of_key(""))}
     record = StageRecord.of(STAGE, replace(args, group_salt=None), *others, inputs=inputs)
-    if record.decision == "skip":
-        return
     output_dir = Path(args.output_dir)
+    if record.decision == "skip":
+        return check_salt(output_dir / INDEX_FILE, groups)
     num_workers = args.num_workers or cores()
     if source.needs_data:
         _set_limits_of_pil(images.max_pixels)
@@ -181,11 +181,11 @@ def _nothing_usable(
         where = f" in {args.data_path}" if args.data_path else ""
         return UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
     first = next(item.as_row() for item in rejected if item.reason == next(iter(reasons)))
+    example = "" if args.group_column else f", for example {first['value'] or first['id']!r}"  # may name a patient
     noted = (f"; {what.replace('_', ' ')}: {note}" for what, note in notes.items() if note)
     return UserError(
-        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}, for example "
-        f"{first['value'] or first['id']!r}{''.join(noted)}. Correct the data or the settings (see "
-        f"{Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
+        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}{example}{''.join(noted)}. "
+        f"Correct the data or the settings (see {Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
     )
 
 

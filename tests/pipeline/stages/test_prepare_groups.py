@@ -72,7 +72,7 @@ def test_patients_on_both_sides_are_reported_and_removed(tmp_path, suffix, capsy
     }  # fmt: skip
     assert record["counts"]["datasets"]["instruct/train"]["groups"] == 4
     assert "groups in train and test: 2" in capsys.readouterr().out
-    ids = GroupIds(tmp_path / "salt", kind="patient_id")
+    ids = GroupIds(tmp_path / "salt")
     assert groups_of(directory) == {
         "benchmark/test": {ids.of_key("P0"), ids.of_key("P1")},
         "instruct/train": {ids.of_key(f"P{n}") for n in range(4)},
@@ -96,10 +96,45 @@ def test_no_file_names_a_patient_or_the_salt(tmp_path):
             assert str(tmp_path / "my_salt").encode() not in content
     assert record["settings"]["group_salt"] is None
     assert record["inputs"]["group_salt"] == [
-        {"path": "group_salt", "sha256": salt_of(GroupIds(tmp_path / "my_salt", kind="patient_id").of_key(""))}
+        {"path": "group_salt", "sha256": salt_of(GroupIds(tmp_path / "my_salt").of_key(""))}
     ]
     assert "group_salt" not in STAGE.shown_settings({"group_salt": "StMarysHospital.key"})
     assert "salt" not in str(steps_to(directory))
+
+
+def test_an_error_about_data_with_a_column_of_groups_quotes_none_of_it(tmp_path):
+    table = write_table(
+        tmp_path / "t.csv", [{"id": "DOE", "image": "DOE.png", "question": "?", "answer": "", "mrn": "1"}]
+    )
+    with pytest.raises(UserError, match="1 no_answer. Correct") as raised:
+        prepare(tmp_path, data_path=str(table), group_column="mrn")
+    assert "DOE" not in str(raised.value)
+
+
+def test_without_a_home_directory_only_a_salt_is_missing(tmp_path, monkeypatch):
+    def getpwuid(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+    for name in ("HOME", "XDG_DATA_HOME", "MEDST_GROUP_SALT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    table = patients(tmp_path)
+    prepare(tmp_path, **table)
+    with pytest.raises(UserError, match="no home directory. Set --group_salt"):
+        prepare(tmp_path, "grouped", group_column="patient_id", **table)
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_finished_run_with_dicom_patients_is_not_skipped_with_another_salt(tmp_path, capsys):
+    (tmp_path / "img").mkdir()
+    dicom(tmp_path / "img" / "0.dcm", "P", "1.2", 0)
+    images = {"data_path": str(tmp_path / "img")}
+    prepare(tmp_path, **images)
+    prepare(tmp_path, **images)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another group_salt"):
+        prepare(tmp_path, group_salt=str(tmp_path / "other"), **images)
 
 
 def test_a_salt_is_compared_by_its_content(tmp_path, capsys):
@@ -112,7 +147,7 @@ def test_a_salt_is_compared_by_its_content(tmp_path, capsys):
     with pytest.raises(UserError, match="input group_salt: group_salt"):
         prepare(tmp_path, group_salt=str(tmp_path / "two"), **table)
     directory, _ = prepare(tmp_path, group_salt=str(tmp_path / "two"), overwrite=True, **table)
-    ids = GroupIds(tmp_path / "two", kind="patient_id")
+    ids = GroupIds(tmp_path / "two")
     assert groups_of(directory)["benchmark/test"] == {ids.of_key("P0"), ids.of_key("P1")}
 
 
@@ -137,7 +172,7 @@ def test_unlabeled_images_of_other_splits_are_no_training_data_and_keep_their_pa
     table = write_table(tmp_path / "t.csv", rows)
     for disjoint, patients_left in (("none", "ABD"), ("image", "BD"), ("group", "D")):
         directory, _ = prepare(tmp_path, disjoint, data_path=str(table), group_column="patient", disjoint=disjoint)
-        ids = GroupIds(tmp_path / "salt", kind="patient")
+        ids = GroupIds(tmp_path / "salt")
         assert groups_of(directory) == {"images/train": {ids.of_key(name) for name in patients_left}}
         reasons = [row["reason"] for row in read_jsonl(directory / "rejected.jsonl")]
         assert reasons.count("unlabeled_test_image") == 2 and reasons.count("unlabeled_validation_image") == 1
@@ -200,7 +235,7 @@ def test_numbers_of_a_spreadsheet_are_the_same_patients_as_text(tmp_path):
     values = ["17", 17, 17.0, " 17 "]
     rows = [{"image": f"{n}.png", "question": "Q?", "answer": "yes", "mrn": value} for n, value in enumerate(values)]
     directory, _ = prepare(tmp_path, data_path=str(write_table(tmp_path / "t.jsonl", rows)), group_column="mrn")
-    assert groups_of(directory)["instruct/train"] == {GroupIds(tmp_path / "salt", "mrn").of_key("17")}
+    assert groups_of(directory)["instruct/train"] == {GroupIds(tmp_path / "salt").of_key("17")}
 
 
 def test_a_group_that_is_no_text_is_rejected_without_its_value(tmp_path):
@@ -308,7 +343,7 @@ def test_near_copies_are_counted_and_removed_as_the_threshold_says(tmp_path):
     for number in range(4):
         image = Image.effect_noise((200, 160), 60)
         image.save(tmp_path / f"{number}.png")
-        image.resize((100, 80)).save(tmp_path / f"copy{number}.jpg", quality=80)
+        image.resize((100, 80)).save(tmp_path / f"copy{number}.jpg", quality=95)
     rows = [{"image": f"{n}.png", "question": "Held?", "answer": "yes", "split": "test"} for n in range(3)]
     rows += [{"image": f"copy{n}.jpg", "question": "Other?", "answer": "yes", "split": "train"} for n in range(4)]
     table = {"data_path": str(write_table(tmp_path / "t.csv", rows))}
