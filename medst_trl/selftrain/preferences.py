@@ -7,16 +7,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw
 from medst_trl.data.groups import NEAR_COPY_BITS, Grouping
-from medst_trl.data.overlap import Inventory, why_groups_differ
+from medst_trl.data.overlap import Inventory, normalised, why_groups_differ
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
-
-from .filters import normalised
 
 
 if TYPE_CHECKING:
@@ -286,7 +285,8 @@ def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping
     Find pairs that ask nearly the same as another pair about the same images, near copies of these, or the same group.
 
     The pair with the larger margin between its scores stays, of equal ones the first. Pairs of one candidate (a
-    question with four answers makes two pairs) do not count as duplicates of each other.
+    question with four answers makes two pairs) do not count as duplicates of each other. A near copy of a near copy
+    does not count: only neighboring slices of a volume would be duplicates.
 
     Args:
         pairs (`list[dict]`): Rows as in [`Preferences`].
@@ -299,13 +299,15 @@ def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping
     kept, duplicates = defaultdict(list), {}
     for place, pair in _by_margin(pairs):
         words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
-        about_same_images = kept[grouping.of(pair["image_ids"], pair.get("group_id"), "")]
-        for others, other in about_same_images:
+        same = grouping.of(pair["image_ids"], pair.get("group_id"), "", near=False)
+        copies = {("image", copy) for image in pair["image_ids"] for copy in grouping.near[image]}
+        for others, other in chain.from_iterable(kept[name] for name in (same, *sorted(copies))):
             if _similarity(words, others) >= similarity and other["row"] != pair["row"]:
                 duplicates[place] = _text(other, "prompt")
                 break
         else:
-            about_same_images.append((words, pair))
+            for name in (same, *(("image", image) for image in pair["image_ids"])):
+                kept[name].append((words, pair))
     return duplicates
 
 

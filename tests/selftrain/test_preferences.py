@@ -323,6 +323,16 @@ def test_near_duplicate_questions_are_found_in_a_group_and_about_near_copies():
     ]
 
 
+def test_slices_of_a_volume_are_near_duplicates_of_their_neighbors_only():
+    codes = {f"image{n}": f"{(1 << 8 * n) - 1:064x}" for n in range(12)}
+    slices = [candidate(n, question="Is it dark?") for n in range(12)]
+    assert len(build(slices, near_hashes=codes).train) == 6
+    # What is a near duplicate is not what must not be divided.
+    different = [candidate(n) for n in range(12)]
+    preferences = build(different, near_hashes=codes, duplicate_similarity=None, validation_share=0.5)
+    assert not (preferences.train and preferences.validation)
+
+
 @pytest.mark.parametrize("groups", [(None, None, None), ("5a17ed-p", None, "5a17ed-q"), ("5a17ed-p",) * 3])
 def test_near_duplicate_questions_about_an_image_are_found_whatever_its_groups_are(groups):
     rows = grouped([candidate(n, ["one"], "Is it dark?", (f"yes {n}", "no")) for n in range(3)], *groups)
