@@ -138,12 +138,13 @@ def workspace(tmp_path_factory, demo_run) -> Path:
         phantom.image.save(directory / f"scans/{number}.png")
     with open(directory / "labeled/questions.csv", "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["image", "question", "answer", "split"])
+        rows.writerow(["image", "question", "answer", "split", "patient_id"])
         for split, count in (("train", 225), ("test", 20)):
             for number, phantom in enumerate(make_phantoms(count, 1, split=split)):
                 phantom.image.save(directory / f"labeled/{split}_{number}.png")
                 for question in phantom.questions:
-                    rows.writerow([f"{split}_{number}.png", question["question"], question["answer"], split])
+                    image = f"{split}_{number}"
+                    rows.writerow([f"{image}.png", question["question"], question["answer"], split, image])
     return directory
 
 
