@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 from families import FAMILIES, TEXT_ROLE, prepared_processor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from PIL import Image
@@ -272,7 +272,7 @@ def intended_targets(processor, messages) -> list[tuple[bool, str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None)
 @given(example=conversations())
 def test_only_the_intended_texts_are_labels(family, example):
     processor = prepared_processor(family)
@@ -282,7 +282,7 @@ def test_only_the_intended_texts_are_labels(family, example):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None)
 @given(example=conversations())
 def test_data_text_never_becomes_a_special_token(family, example):
     processor = prepared_processor(family)
@@ -299,7 +299,7 @@ def test_data_text_never_becomes_a_special_token(family, example):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None)
 @given(example=conversations())
 def test_training_and_inference_render_the_same_prompts(family, example):
     """A training sequence up to an answer equals the generation prompt of `apply_chat_template`."""
