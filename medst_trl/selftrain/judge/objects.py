@@ -26,7 +26,8 @@ _REASONED = re.compile(
 # Names and values are compared in lower case without blanks and marks.
 _ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
-_IDENTIFIES = re.compile(rf"{NOUN}|id|name|label")
+# Names with the group do not say which answer is meant: an index may count from 0, and a rank is no place.
+_IDENTIFIES = re.compile(rf"(?=.){NOUN}?(?:id|name|label|number|no|key|tag|(index|idx|rank|position|order))?|which")
 _VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
 _IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")
 _IS_TIE = re.compile(r"(?:itsa|a)?(?:tie|draw)|equal(?:lygood)?|neither(?:isbetter)?")
@@ -45,7 +46,8 @@ def plain_text(text: str) -> str:
 
 def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | None:
     """
-    Return what the objects in a text say about two answers, at any depth and under any usual name.
+    Return the scores and verdicts of two answers in the objects of a text, at any depth. Answers may be called `1`,
+    `A`, `first`, `Answer 1`, `Assistant A` or `response_1`; verdicts `verdict`, `winner`, `better` or `preference`.
 
     Scores may be in an object or a field of each answer, of each criterion (`{"accuracy": {"answer_1": 8, ...}}`), of
     both (`answer_1_accuracy`), or in lists in the order of the answers. Objects in the notations of Python,
@@ -56,28 +58,31 @@ def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | No
         score without one), and `verdict`: 0, 1, `"tie"` or another text. A value is None if it is ambiguous: the
         objects contradict each other, or a score is on another scale. None without objects.
     """
-    names, said = "|".join(criteria), defaultdict(set)
+    names, found = "|".join(criteria), defaultdict(set)
     # Of an answer, of a criterion, of both in any order, or of neither.
     of_answer = rf"(?:(?:score|rating)?(?:of|for)?{_ANSWER})?"
     score_name = re.compile(rf"({names})?{of_answer}({names})?(?:(?:score|rating)s?)?")
 
-    def collect(items: tuple, answer: int | None, criterion: str | None) -> None:
-        """Add what an object says. The answer and the criterion are those of the object around it."""
+    def collect(items: tuple, outer_answer: int | None, outer_criterion: str | None) -> None:
+        """Add what an object says. The outer answer and criterion are those of the object around it."""
         for key, value in items:
-            name, which, what = _plain(key), answer, criterion
+            name, named, criterion = _plain(key), outer_answer, outer_criterion
             if match := score_name.fullmatch(name):
-                which, what = WHICH.get(match[2], answer), match[1] or match[3] or criterion
+                named, criterion = WHICH.get(match[2], outer_answer), match[1] or match[3] or outer_criterion
             values = value if isinstance(value, list) else [value]
             for place, item in enumerate(values):
-                owner = _owner(item, place) if which is None and len(values) == 2 else which
+                answer = _answer_of(item, place) if named is None and len(values) == 2 else named
                 if isinstance(item, tuple):
-                    collect(item, owner, what)
+                    collect(item, answer, criterion)
                 elif _VERDICT.fullmatch(name) and not isinstance(item, bool):  # {"answer_1": {"preferred": true}}
-                    said["verdict"].add(_verdict(value))
+                    verdict = _verdict(item)
+                    # Other names also hold remarks: {"verdict": "A", "better": "slightly"}
+                    if verdict in (0, 1, "tie") or name.endswith(("verdict", "winner")):
+                        found["verdict"].add(verdict)
                 elif match and re.search(r"\d", str(item)):
                     score = _score(item)
-                    if score is not None or owner is not None:
-                        said[owner, what].add(score)
+                    if score is not None or answer is not None:
+                        found[answer, criterion].add(score)
 
     try:
         objects = _find_objects(text)
@@ -85,7 +90,7 @@ def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | No
             collect(item, None, None)
     except RecursionError:
         return {}
-    statements = {key: values.pop() if len(values) == 1 else None for key, values in said.items()}
+    statements = {key: values.pop() if len(values) == 1 else None for key, values in found.items()}
     return statements if objects else None
 
 
@@ -141,12 +146,13 @@ def _pairs(node: yaml.Node) -> Any:
     return node.value
 
 
-def _owner(item: Any, place: int) -> int | None:
-    """Return the answer that one of two items of a list is about: the one that it names, or the one at its place."""
-    pairs = item if isinstance(item, tuple) else ()
-    names = [_plain(value) for key, value in pairs if _IDENTIFIES.fullmatch(_plain(key))]
-    named = {WHICH[match[1]] for match in map(_ANSWER_NAME.fullmatch, names) if match}
-    return place if not named else named.pop() if len(named) == 1 else None
+def _answer_of(item: Any, place: int) -> int | None:
+    """Return the answer that one of two items of a list is about: the one at its place, unless it names another."""
+    pairs = [pair for pair in item if not isinstance(pair[1], tuple | list)] if isinstance(item, tuple) else ()
+    names = [(match, value) for key, value in pairs if (match := _IDENTIFIES.fullmatch(_plain(key)))]
+    found = {_ANSWER_NAME.fullmatch(_plain(value)) for match, value in names if not match[1]} - {None}
+    answers = {WHICH[match[1]] for match in found}
+    return place if not names else answers.pop() if len(answers) == 1 else None
 
 
 def _verdict(value: Any) -> int | str:

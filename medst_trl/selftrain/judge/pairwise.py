@@ -68,8 +68,8 @@ class Estimate:
     def __str__(self) -> str:
         cost = "cost unknown (set the judge's prices)" if self.cost is None else f"about ${self.cost:.2f}"
         return (
-            f"{self.pairs:,} pairs, {self.calls:,} calls to make ({self.cached:,} replies are cached), about "
-            f"{self.input_tokens:,} tokens in and {self.output_tokens:,} out, {cost}"
+            f"{self.pairs:,} pairs, {number_of(f'{self.calls:,}', 'call')} to make ({self.cached:,} replies are "
+            f"cached), about {self.input_tokens:,} tokens in and {self.output_tokens:,} out, {cost}"
         )
 
 

@@ -25,6 +25,10 @@ def read(content):
         {"answers": [{"accuracy": 8}, {"accuracy": 5}]}, [{"accuracy": 8}, {"accuracy": 5}],
         {"answers": [{"id": "B", "accuracy": 5}, {"id": "A", "accuracy": 8}]},
         {"answers": [{"answer": "Answer 2", "accuracy": 5}, {"answer": "Answer 1", "accuracy": 8}]},
+        {"answers": [{"answer_id": 2, "accuracy": 5}, {"answer_id": 1, "accuracy": 8}]},
+        {"answers": [{"number": "2", "accuracy": 5}, {"number": "1", "accuracy": 8}]},
+        {"answers": [{"response_id": "B", "rank": 2, "accuracy": 5}, {"response_id": "A", "rank": 1, "accuracy": 8}]},
+        {"answers": [{"which": "answer_2", "accuracy": 5}, {"which": "answer_1", "accuracy": 8}]},
         '{Answer 1: {accuracy: 8}, \'Answer 2\': {accuracy: "5",}}',
     ],
 )  # fmt: skip
@@ -37,10 +41,17 @@ def test_scores_are_found_in_each_layout(content):
     [
         ({"accuracy": [8, 5, 3]}, {(None, "accuracy"): None}),  # which of the three are meant?
         ({"answers": [{"id": 1, "name": "Answer 2", "accuracy": 8}, {}]}, {(None, "accuracy"): 8}),
+        ({"answers": [{"index": 1, "accuracy": 8}, {"rank": 2, "accuracy": 8}]}, {(None, "accuracy"): 8}),
+        ([{"id": 1, "accuracy": 8}, {"id": 0, "accuracy": 5}], {(0, "accuracy"): 8, (None, "accuracy"): 5}),
+        ({"answers": [{"answer": "No.", "accuracy": 8}, {"answer": "Yes.", "accuracy": 8}]}, {(None, "accuracy"): 8}),
         ({"answers": [{"id": 1, "accuracy": 8}, {"id": 1, "accuracy": 5}]}, {(0, "accuracy"): None}),
         ({"answer_1": 8, "Answer A": 7}, {(0, None): None}), ({"answer_1": 80}, {(0, None): None}),
         ({"answer_1": 8, "total": {"answer_1": 40}}, {(0, None): None}),
         ({"verdict": "A", "winner": "B"}, {"verdict": None}), ({"verdict": "A", "winner": "1"}, {"verdict": 0}),
+        ({"verdict": ["A"]}, {"verdict": 0}), ({"verdict": ["A", "B"]}, {"verdict": None}),
+        ({"verdict": "A", "better": "slightly", "preference": 0.9, "best": "it is short"}, {"verdict": 0}),
+        ({"verdict": "A", "better": "B"}, {"verdict": None}), ({"preferred": "B"}, {"verdict": 1}),
+        ({"verdict": "A", "winner": "unclear"}, {"verdict": None}),
         ({"verdict": "both"}, {"verdict": "both"}), ({"answer_1": {"preferred": True}}, {}),
         ("no object", None), ("{broken", None), ({}, None), ("[8, 5]", {(0, None): 8, (1, None): 5}),
     ],

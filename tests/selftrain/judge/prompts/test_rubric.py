@@ -53,7 +53,7 @@ def test_a_complete_reply_is_read():
     "reply",
     [
         rubric_reply(8, 5, "answer_2"),  # the scores contradict the verdict
-        rubric_reply(verdict="both"), rubric_reply(verdict=None), rubric_reply(verdict=["answer_1"]),
+        rubric_reply(verdict="both"), rubric_reply(verdict=None), rubric_reply(verdict=["answer_1", "answer_2"]),
         rubric_reply(first=11), rubric_reply(second="x"),
         rubric_reply(answer_1={"overall": 8}), rubric_reply(answer_2=7), {}, [], 8,
     ],
