@@ -87,7 +87,7 @@ def _results_in(directory: Path) -> list[str]:
 
 def _sha256_of_files(directory: Path, names: list[str]) -> str:
     """Hash the names and contents of files. Broken links, pipes and devices are skipped."""
-    names = [name for name in names if (directory / name).is_file()]
+    names = [name for name in names if os.path.isfile(directory / name)]  # `Path.is_file` raises for a long name
     digest = hashlib.sha256()
     for name in names:
         path = directory / name

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from medst_trl.base.errors import number_of
+
 from .groups import salt_of
 from .schema import text_of
 
@@ -107,18 +109,15 @@ def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]
         yield images, row.get("group_id"), list(map(normalised, texts))
 
 
-def why_groups_differ(benchmark: Inventory, training: Inventory) -> str | None:
-    """
-    Return why groups that a benchmark shares with training data may not be found; None if all are found. Groups that
-    are found are shared in any case.
-    """
+def why_groups_not_compared(benchmark: Inventory, training: Inventory) -> str | None:
+    """Return why shared groups can be missed, or None if none can. Every group that is found is really shared."""
     for name, inventory in (("benchmark", benchmark), ("training data", training)):
         if not inventory.salts:
             return f"the {name} has no groups"
     if benchmark.salts != training.salts:
         return "groups of another kind, or hashed with another salt"
     missing = training.questions.keys() - set().union(*training.members.values())
-    return f"{len(missing):,} training images have no group" if missing else None
+    return f"{number_of(f'{len(missing):,}', 'training image')} without a group" if missing else None
 
 
 def normalised(text: str) -> str:

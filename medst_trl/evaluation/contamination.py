@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medst_trl.base.errors import number_of
 from medst_trl.base.files import read_object
 from medst_trl.data.overlap import Inventory
 
@@ -112,11 +113,13 @@ class Contamination:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield the label of each figure, and what was found."""
+        near, hashed = self.figures["near"]
+        plain = 0 if near is None else self.figures["exact"][1] - hashed
         for name, (label, unit) in FIGURES.items():
             (n, of), missing = self.figures[name], sum(name in one["not_checked"] for one in self.compared)
             text = "not checked" if n is None else f"{n:,} of {of:,} {unit}"
-            if n is not None and name == "near" and (plain := self.figures["exact"][1] - of):
-                text += f" ({plain:,} others are too plain)"
+            if n is not None and name in ("near", "questions") and plain:
+                text += f" ({number_of(f'{plain:,}', 'image')} too plain to compare)"
             if n is not None and missing:
                 text += f" (not checked for {missing} of {len(self.compared)} sources)"
             yield label, text
@@ -128,9 +131,9 @@ class Contamination:
             for name, reason in one["not_checked"].items():
                 reasons[reason].append(FIGURES[name][0])
             not_checked = (f"; not checked: {', '.join(labels)} ({reason})" for reason, labels in reasons.items())
-            what = f"training data of {one['stage']}" if one["stage"] else "images of the model"
-            images = "not read" if one["images"] is None else f"{one['images']:,} images"
-            yield f"{what}, {name_of(one)}: {images}{''.join(not_checked)}"
+            what = f"training data of {one['stage']}," if one["stage"] else "model"
+            images = "its images are unknown" if one["images"] is None else f"{one['images']:,} images"
+            yield f"{what} {name_of(one)}: {images}{''.join(not_checked)}"
 
     def __str__(self) -> str:
         """Describe the result in one line."""

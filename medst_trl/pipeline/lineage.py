@@ -21,7 +21,7 @@ from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.hub_ids import cached_repository, hub_answers, split_revision
 from medst_trl.data.groups import NEAR_COPY_BITS
 from medst_trl.data.loading import fingerprint_dataset, load_records
-from medst_trl.data.overlap import Inventory, why_groups_differ
+from medst_trl.data.overlap import Inventory, why_groups_not_compared
 from medst_trl.evaluation.contamination import FIGURES, count_shared
 
 from .record import RECORD_FILE, read_record
@@ -45,12 +45,15 @@ def nearest_record(directory: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def possible_places(path: str, near: Path) -> list[Path]:
     """
-    Return where a recorded path exists: where it was, and inside `near` or the directories above it, with which it may
-    have been moved or copied.
+    Return the existing places of a recorded path: the recorded one, and those below `near` and its parents, in case
+    the run was moved or copied.
     """
     roots, parts = (near, *near.absolute().parents[:3]), Path(path).parts  # round_1/judge/preferences ... sft
     places = [Path(path), *(root / Path(*parts[-n:]) for root in roots for n in (3, 2, 1))]
-    return [place for place in places if os.path.exists(place)]  # not `Path.exists`: it raises for other users' paths
+    found: dict[str, Path] = {}
+    for place in filter(os.path.exists, places):  # not `Path.exists`: it raises for other users' paths
+        found.setdefault(os.path.realpath(place), place)
+    return list(found.values())
 
 
 def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
@@ -218,10 +221,10 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
     """
     place, what = find_source(source, near), "dataset" if source["stage"] else "model"
     if place is None and "path" in source:
-        is_here = bool(possible_places(source["path"], near))
+        is_here = os.path.exists(source["path"])
         raise LookupError(f"the {what} {'has changed since the training' if is_here else 'is not on this machine'}")
     if what == "model":
-        raise LookupError("the record of its training is not on this machine")
+        raise LookupError("the record of its training is missing or damaged")
     if place is None:
         raise LookupError("the dataset is not on this machine")
     split, *for_evaluation = source["splits"]
@@ -273,7 +276,8 @@ def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dat
         for entry, inventory, reason in sources:
             reasons = dict.fromkeys(FIGURES, reason) | ({"exact": None} if is_complete else {})
             reasons["near"] = reason or why_not_near
-            reasons["groups"] = reason or why_groups_differ(tested, inventory)
+            reasons["groups"] = reason or why_groups_not_compared(tested, inventory)
+            reasons["questions"] = reasons["near"] or (reasons["groups"] if tested.salts else None)
             compared.append(entry | {"not_checked": {name: reason for name, reason in reasons.items() if reason}})
         figures: dict[str, Any] = count_shared(tested, [inventory for _, inventory, _ in sources], ids, bits)
         for name, figure in figures.items():
@@ -306,5 +310,5 @@ def _training_data(
         found.append(({**source, "images": None if images is None else len(images)}, inventory, reason))
     if rest := ids - seen:  # image files of a dataset have been replaced, or a record is damaged
         entry = {**fingerprint(model), "stage": None, "images": len(rest)}
-        found.append((entry, Inventory(), "they are in none of the data that is here"))
+        found.append((entry, Inventory(), "no dataset on this machine contains them"))
     return ids | seen, is_complete, found

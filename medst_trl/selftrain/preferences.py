@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw
 from medst_trl.data.groups import NEAR_COPY_BITS, Grouping
-from medst_trl.data.overlap import Inventory, normalised, why_groups_differ
+from medst_trl.data.overlap import Inventory, normalised, why_groups_not_compared
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -232,7 +232,7 @@ def _shared_with_benchmarks(
     compared = ["image_and_question", "image", *(["near_copy"] if is_hashed else []), "question"]
     counts = {"shared_with_benchmarks": {what: found.count(what) for what in compared}}
     if held.salts and pairs:
-        reason = why_groups_differ(held, images)
+        reason = why_groups_not_compared(held, images)
         counts["shared_with_benchmarks"]["group"] = found.count("group") or (None if reason else 0)
         counts |= {"groups_not_compared": reason} if reason else {}
     return found, counts

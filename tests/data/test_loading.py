@@ -229,6 +229,9 @@ def test_images_behind_json_lines_are_part_of_the_fingerprint(tmp_path):
     assert not same_source(before, fingerprint_dataset(path)) and before["sha256"] == fingerprint(path)["sha256"]
     (tmp_path / "a.png").unlink()
     assert not same_source(before, fingerprint_dataset(path))
+    for no_name in ("iVBORw0K" * 40, "a\0b", "\ud800"):  # an image in base64 instead of a file
+        path = write_lines(tmp_path / "own.jsonl", [{"image": no_name, "question": "What?", "answer": "yes"}])
+        assert same_source(fingerprint(path), fingerprint_dataset(path))
     path = write_lines(tmp_path / "predictions.jsonl", [{"id": "1", "prediction": "yes"}])
     assert fingerprint_dataset(path) == fingerprint(path)
 

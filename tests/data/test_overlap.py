@@ -4,7 +4,7 @@
 
 import pytest
 
-from medst_trl.data.overlap import Inventory, normalised, why_groups_differ
+from medst_trl.data.overlap import Inventory, normalised, why_groups_not_compared
 
 
 def inventory(*records) -> Inventory:
@@ -33,14 +33,14 @@ def test_the_closest_relation_is_found():
         (inventory((["t"], None)), "the training data has no groups"),
         (inventory((["t"], "r-1")), "groups of another kind, or hashed with another salt"),
         (inventory((["t"], "s-1"), (["v"], "r-1")), "groups of another kind, or hashed with another salt"),
-        (inventory((["t"], "s-1"), (["u"], None)), "1 training images have no group"),
+        (inventory((["t"], "s-1"), (["u"], None)), "1 training image without a group"),
     ],
 )
 def test_groups_are_compared_only_if_all_would_be_found(training, reason):
-    assert why_groups_differ(inventory((["a"], "s-1")), training) == reason
-    assert why_groups_differ(inventory((["a"], None)), training) == "the benchmark has no groups"
+    assert why_groups_not_compared(inventory((["a"], "s-1")), training) == reason
+    assert why_groups_not_compared(inventory((["a"], None)), training) == "the benchmark has no groups"
     two_salts = inventory((["a"], "s-1"), (["b"], "t-1"))
-    assert why_groups_differ(two_salts, training) is not None
+    assert why_groups_not_compared(two_salts, training) is not None
 
 
 @pytest.mark.parametrize("spelling", ["Is there a fracture ?", "is there  a fracture", "Is there a \ufb01racture?\n"])

@@ -199,10 +199,17 @@ def test_the_result_is_described_for_readers(tmp_path):
     }
     assert list(made.sources(lambda source: source.get("hub_id", "a directory"))) == [
         "training data of sft, a directory: 1,200 images; not checked: near copies (it is gone)",
-        "images of the model, org/m: 3 images; not checked: near copies (it is gone); not checked: same group (salt)",
+        "model org/m: 3 images; not checked: near copies (it is gone); not checked: same group (salt)",
     ]
     assert made.is_contaminated and str(made).startswith("Warning:") and "exact copies 2 of 1,500 images" in str(made)
     assert not str(made).count("\n")
+
+
+def test_figures_that_leave_out_plain_images_say_so():
+    rows = dict(Contamination(content(exact={"n": 0, "of": 12}, near={"n": 0, "of": 3})).rows())
+    assert rows["near copies"] == "0 of 3 images (9 images too plain to compare) (not checked for 2 of 2 sources)"
+    assert rows["same question and image"] == "0 of 5 questions (9 images too plain to compare)"
+    assert "plain" not in rows["same question alone"] + rows["same group"]
 
 
 def test_common_questions_alone_are_no_warning():

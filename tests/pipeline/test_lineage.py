@@ -7,8 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from random_images import random_image
 from tiny_run import write_instruct
 
@@ -275,10 +277,18 @@ def test_a_benchmark_is_compared_with_every_dataset_of_the_training(evaluated):
         ("a", "sft", 2),
         ("b", "sft", 1),
     ]
+    reasons = ["1 training image without a group", "groups of another kind, or hashed with another salt"]
     assert [one["not_checked"] for one in found["compared"]] == [
-        {"groups": "1 training images have no group"},
-        {"groups": "groups of another kind, or hashed with another salt"},
+        {"groups": reason, "questions": reason} for reason in reasons
     ]
+
+
+def test_questions_about_an_image_are_not_checked_if_its_relatives_cannot_be_found(evaluated):
+    """Training asks the same questions about another image, perhaps of the same patient."""
+    write_rows(evaluated / "c", [row(picture(11), asks="Where?", group=f"bbbbbb-{77:020}")])
+    train(evaluated / "other", evaluated / "base", evaluated / "c")
+    found = checked(evaluated, "other")
+    assert numbers(found) == [0, 0, None, None, 4] and Contamination(found).figures["questions"] == (None, 8)
 
 
 def test_a_base_model_has_no_known_training_data(evaluated):
@@ -303,7 +313,7 @@ def test_a_model_trained_further_on_a_pulled_adapter_is_partly_checked(evaluated
     further = write_stage(tmp_path / "further", "sft", model_name_or_path=tmp_path / "pulled", dataset=data)
     write_training_images(further, {store_image(picture(3, side=64)).image_id}, str(tmp_path / "pulled"))
     found = checked(evaluated, "further")
-    assert numbers(found) == [1, 1, None, 0, 0]
+    assert numbers(found) == [1, 1, None, None, 0]
     assert ["near" in one["not_checked"] for one in found["compared"]] == [False, True]
 
 
@@ -329,9 +339,11 @@ def test_rows_that_were_not_trained_on_do_not_count(evaluated):
 
 
 def test_images_whose_file_was_replaced_are_not_checked(evaluated):
-    """The fingerprint of a JSON file does not cover the images that it names."""
-    data = evaluated / "own.jsonl"
-    data.write_text(json.dumps({"images": ["1.png"], "messages": [{"role": "user", "content": "Where?"}] * 2}))
+    """The fingerprint of a Parquet file does not cover the images that it names."""
+    data = evaluated / "own.parquet"
+    file = {"bytes": None, "path": str(evaluated / "1.png")}
+    messages = dialogue([("Where?", "Left.")], 1)
+    parquet.write_table(pa.Table.from_pylist([{"images": [file], "messages": messages}]), data)
     picture(1, side=48).save(evaluated / "1.png")
     write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=data)
     write_training_images(evaluated / "sft", {store_image(picture(1, side=48)).image_id}, str(evaluated / "base"))
@@ -339,6 +351,7 @@ def test_images_whose_file_was_replaced_are_not_checked(evaluated):
     picture(7).save(evaluated / "1.png")
     found = checked(evaluated)
     assert [("near" in one["not_checked"], one["images"]) for one in found["compared"]] == [(False, 0), (True, 1)]
+    assert found["compared"][1]["not_checked"]["near"] == "no dataset on this machine contains them"
 
 
 def train(directory: Path, model: Path, *datasets: Path, version: str = "now") -> Path:
@@ -392,6 +405,8 @@ def test_a_damaged_record_is_not_taken_for_that_of_a_base_model(evaluated, two_s
     (evaluated / "run" / "first" / "stage.json").write_text(damaged)
     assert near_copies(evaluated, second) == ((1, True) if version == "now" else (0, False))
     assert near_copies(evaluated, evaluated / "run" / "first") == (None, False)
+    [*_, one] = checked(evaluated, "run/first")["compared"]
+    assert one["not_checked"]["near"] == "the record of its training is missing or damaged"
 
 
 @VERSIONS
@@ -416,6 +431,9 @@ def test_a_model_of_another_run_is_not_looked_for_under_the_name_of_this_one(eva
     model = train(evaluated / "other" / "first", evaluated / "run" / "first", evaluated / "c", version=version)
     (evaluated / "run").rename(evaluated / "elsewhere")
     assert near_copies(evaluated, model) == ((1, True) if version == "now" else (0, False))
+    if version != "now":
+        [*_, first] = checked(evaluated, model)["compared"]
+        assert first["not_checked"]["near"] == "the model is not on this machine"
 
 
 @VERSIONS
@@ -468,7 +486,9 @@ def test_images_too_plain_to_find_near_copies_are_not_counted_as_checked(evaluat
         found = checked(evaluated)
         assert found["figures"]["near"] == expected
         texts = dict(Contamination(found).rows())
-        assert texts["near copies"] == ("1 of 1 images (2 others are too plain)" if expected["n"] else "not checked")
+        plain = " (2 images too plain to compare)"
+        assert texts["near copies"] == (f"1 of 1 images{plain}" if expected["n"] else "not checked")
+        assert texts["same question and image"] == (f"1 of 3 questions{plain}" if expected["n"] else "not checked")
 
 
 def test_a_model_on_a_server_is_not_checked(evaluated):
@@ -495,6 +515,7 @@ def test_groups_are_not_checked_if_the_benchmark_has_none(evaluated):
     write_rows(evaluated / "prepare" / "benchmark", rows, "test")
     found = checked(evaluated)
     assert found["figures"]["groups"] == {"n": None, "of": 0} and found["figures"]["exact"] == {"n": 1, "of": 1}
+    assert not any("questions" in one["not_checked"] for one in found["compared"])  # no image has relatives
 
 
 def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monkeypatch):
@@ -513,7 +534,9 @@ def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monk
     monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
     assert checked(evaluated)["figures"]["near"]["n"] == 1
     write_stage(evaluated / "prepare", "prepare", {"near_copy_bits": 0})
-    assert checked(evaluated)["figures"]["near"]["n"] is None
+    found = checked(evaluated)
+    assert found["figures"]["near"]["n"] is None
+    assert all(one["not_checked"]["questions"] == "near_copy_bits is 0" for one in found["compared"])
 
 
 @pytest.mark.parametrize("name", ["judge/preferences", "round_2/judge/preferences", "sft", "round_2/dpo"])
@@ -524,3 +547,5 @@ def test_what_has_moved_with_its_run_is_found_in_its_round(tmp_path, name):
     assert possible_places(f"/nowhere/before/{name}", tmp_path / "now")[0] == tmp_path / "now" / name
     assert possible_places(f"/nowhere/before/{name}", tmp_path / "nowhere") == []
     assert possible_places(str(tmp_path / "now/sft"), tmp_path)[0] == tmp_path / "now/sft"
+    places = possible_places(str(tmp_path / "now" / name), tmp_path / "now" / name)
+    assert len({place.resolve() for place in places}) == len(places)  # each is hashed

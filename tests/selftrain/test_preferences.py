@@ -281,7 +281,7 @@ def test_groups_of_benchmarks_are_dropped_by_default():
         (candidates[3:], [held], "groups of another kind, or hashed with another salt"),
         (candidates[:2], [other, held], "groups of another kind, or hashed with another salt"),
         (candidates[2:3], [held], "the training data has no groups"),
-        (candidates[1:3], [held], "1 training images have no group"),
+        (candidates[1:3], [held], "1 training image without a group"),
     ):
         counts = build(rows[-1:] if len(benchmarks) > 1 else rows, benchmarks=benchmarks).counts
         assert counts["shared_with_benchmarks"]["group"] is None and counts["groups_not_compared"] == reason
