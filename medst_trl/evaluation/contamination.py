@@ -113,8 +113,7 @@ class Contamination:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield the label of each figure, and what was found."""
-        near, hashed = self.figures["near"]
-        plain = 0 if near is None else self.figures["exact"][1] - hashed
+        plain = self.figures["near"][0] is not None and self.figures["exact"][1] - self.figures["near"][1]
         for name, (label, unit) in FIGURES.items():
             (n, of), missing = self.figures[name], sum(name in one["not_checked"] for one in self.compared)
             text = "not checked" if n is None else f"{n:,} of {of:,} {unit}"

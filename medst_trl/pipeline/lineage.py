@@ -50,10 +50,8 @@ def possible_places(path: str, near: Path) -> list[Path]:
     """
     roots, parts = (near, *near.absolute().parents[:3]), Path(path).parts  # round_1/judge/preferences ... sft
     places = [Path(path), *(root / Path(*parts[-n:]) for root in roots for n in (3, 2, 1))]
-    found: dict[str, Path] = {}
-    for place in filter(os.path.exists, places):  # not `Path.exists`: it raises for other users' paths
-        found.setdefault(os.path.realpath(place), place)
-    return list(found.values())
+    here = filter(os.path.exists, places)  # not `Path.exists`: it raises for other users' paths
+    return list({os.path.realpath(place): place for place in here}.values())
 
 
 def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
@@ -180,8 +178,7 @@ def write_training_images(directory: str | Path, image_ids: Iterable[str], model
     """Write `training_images.json`: the ids of the images of a training, and those that its model had before it."""
     earlier, is_complete = training_images(model)
     ids, are_all = _only_hashes(earlier.union(image_ids))
-    content = {"complete": is_complete and are_all, "image_ids": sorted(ids)}
-    write_json(Path(directory, TRAINING_IMAGES_FILE), content)
+    write_json(Path(directory, TRAINING_IMAGES_FILE), {"complete": is_complete and are_all, "image_ids": sorted(ids)})
 
 
 def _only_hashes(image_ids: Iterable[Any]) -> tuple[set[str], bool]:
@@ -220,13 +217,11 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
             damaged.
     """
     place, what = find_source(source, near), "dataset" if source["stage"] else "model"
-    if place is None and "path" in source:
-        is_here = os.path.exists(source["path"])
-        raise LookupError(f"the {what} {'has changed since the training' if is_here else 'is not on this machine'}")
-    if what == "model":
+    if what == "model" and (place or "hub_id" in source):
         raise LookupError("the record of its training is missing or damaged")
     if place is None:
-        raise LookupError("the dataset is not on this machine")
+        is_here = os.path.exists(source.get("path", ""))
+        raise LookupError(f"the {what} {'has changed since the training' if is_here else 'is not on this machine'}")
     split, *for_evaluation = source["splits"]
     datasets = [load_records(place, split)]
     for split in for_evaluation:

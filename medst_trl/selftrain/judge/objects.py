@@ -157,8 +157,7 @@ def _answer_of(item: Any, place: int) -> int | None:
 
 def _verdict(value: Any) -> int | str:
     name = _plain(value) if isinstance(value, str | int) else ""
-    match = _IS_BETTER.fullmatch(name)
-    if match:
+    if match := _IS_BETTER.fullmatch(name):
         return WHICH[match[1]]
     return "tie" if _IS_TIE.fullmatch(name) else name
 
