@@ -311,15 +311,14 @@ def _text_table(
     if at > first + 1 and any(sign in name for name in header):  # a quote closes in a row
         raise UserError(f"The quotes in the header of {path} do not match: {lines[first].strip()}. Correct it.")
     yield first + 1, header
-    closing, is_quoted = None, '"' in "".join(lines[first:at])
+    is_quoted = any(re.match(rf'(.*{re.escape(sign)})? *"', line) for line in lines[first:])
     while at < len(lines):
         cells, taken = _cells(lines, at, sign, sign != plain)
         text = "".join(lines[at : at + taken])
         if taken > 1 and (len(cells) != len(header) or _swallows_rows(text, cells, header.index(key), sign)):
-            cells, taken, closing = None, 1, at + taken - 1
-        elif sign != plain and text.count('"') % 2:  # inches, if no other cell is quoted; otherwise a quote is missing
-            is_row_quoted = any(cell.lstrip(" ").startswith('"') for cell in text.split(sign))
-            cells = None if is_quoted or is_row_quoted or at == closing else cells
+            cells, taken = None, 1
+        elif is_quoted and sign != plain and text.count('"') % 2:  # if no cell is quoted, these are inches
+            cells = None
         if cells is None or any(cell.strip() for cell in cells):
             yield at + 1, cells
         at += taken

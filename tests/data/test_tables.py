@@ -128,6 +128,15 @@ def test_a_line_without_an_opening_quote_is_rejected(tmp_path, line):
     assert [(item.id, item.reason) for item in rejected] == [("t.csv#line 3", "bad_quotes")]
 
 
+@pytest.mark.parametrize("line", ['2.png,Q2?,no"', '2.png,c",d'])
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_line_without_an_opening_quote_is_rejected_if_another_row_has_quotes(tmp_path, line, place):
+    lines = ["image,question,answer", '1.png,"Where, exactly?",yes']
+    (tmp_path / "t.csv").write_text("\n".join([*lines[:place], line, *lines[place:]]))
+    rows, rejected, _ = read(tmp_path / "t.csv")
+    assert [row["image"] for row in rows] == ["1.png"] and [item.reason for item in rejected] == ["bad_quotes"]
+
+
 def test_inches_are_text(tmp_path):
     (tmp_path / "t.csv").write_text('image,question,answer\n0.png,5" nail?,7"\n')
     assert read(tmp_path / "t.csv")[:2] == ([{"image": "0.png", "question": '5" nail?', "answer": '7"'}], [])
@@ -498,10 +507,10 @@ def test_several_images_may_be_a_list_in_json(tmp_path):
         {"image": ["0.png", "1.png"], "question": "?", "answer": "x", "split": "test"},
     ]  # fmt: skip
     source = read_table(SourceRequest(write_table(tmp_path / "t.jsonl", rows), tmp_path))
-    assert [question.images for question in source.questions] == [("0.png", "1.png"), ("[1] a.png",)]
-    assert [item.reason for item in source.rejected] == [
-        "no_answer", "no_image", "no_image", "not_text", "several_test_images",
+    assert [question.images for question in source.questions] == [
+        ("0.png", "1.png"), ("[1] a.png",), ("0.png", "1.png"),
     ]  # fmt: skip
+    assert [item.reason for item in source.rejected] == ["no_answer", "no_image", "no_image", "not_text"]
 
 
 def test_images_without_question_have_a_split(tmp_path):
@@ -519,8 +528,8 @@ def test_images_without_question_have_a_split(tmp_path):
 def test_captions_of_another_split_are_no_training_data(tmp_path):
     rows = [{"image": f"{n}.png", "caption": "A scan.", "split": s} for n, s in enumerate(["", "val", "test", "x"])]
     source = read_captions(SourceRequest(write_table(tmp_path / "t.csv", rows), tmp_path))
-    assert [conversation.split for conversation in source.conversations] == ["train", "validation"]
-    assert [item.reason for item in source.rejected] == ["test_caption", "bad_split"] and not source.counts
+    assert [conversation.split for conversation in source.conversations] == ["train", "validation", "test"]
+    assert [item.reason for item in source.rejected] == ["bad_split"] and not source.counts
 
 
 def test_a_table_whose_columns_of_questions_have_other_names_is_noted(tmp_path):
