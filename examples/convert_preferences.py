@@ -27,7 +27,7 @@ def main(path: str, image_folder: str, directory: str, benchmark: str | None = N
         file.pairs, file.rejected, benchmarks=benchmarks, near_hashes=file.near_hashes, validation_share=0.05
     )
     write_preferences(directory, preferences, file)
-    for name, count in preferences.counts.items():
+    for name, count in (file.notes | preferences.counts).items():
         print(f"{name}: {count}")
     return preferences.counts
 

@@ -26,7 +26,7 @@ from medst_trl.data.identify import with_image_ids
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import FolderImages, publishable
-from medst_trl.data.reading import read_json_records
+from medst_trl.data.reading import read_json_rows
 from medst_trl.data.schema import features_of, text_of, with_stored_images, write_split
 from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
@@ -55,12 +55,15 @@ class PreferenceFile:
             Reads the bytes of the images.
         near_hashes (`dict[str, str | None]`):
             `image_id` to perceptual hash, to find near copies.
+        notes (`dict`):
+            What to report about the file, such as keys that are not used.
     """
 
     pairs: list[dict]
     rejected: list[Rejected]
     images: FolderImages
     near_hashes: dict[str, str | None]
+    notes: dict[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def read_preference_file(
     path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = ImageSettings.max_pixels
 ) -> PreferenceFile:
     """
-    Read a JSON array or JSON lines of either format, which each record's keys show.
+    Read a JSON array or JSON lines of either format, which each record's keys show. Names of keys may differ in case
+    and blanks, and `images` is `image`.
 
     MMedPO's `weighted_score` is a weight of the pair, not the score of an answer: it goes into `judge`. A record
     without `id` is named after its position, and one that repeats an id gets another (`<id>-2`), unless it is a copy.
@@ -123,10 +127,11 @@ def read_preference_file(
                 raise BadRecord(found.reason, f"{image}: {found}")
         return _Pair(name, row)
 
-    records.collect(read_json_records(path, key="image"), pair, prefix="record-")
+    used = {"id", "image", "weighted_score"}.union(*FORMATS.values())
+    records.collect(read_json_rows(path, "image", records.counts), pair, prefix="record-", used=used)
     rows = [pair.row | {"id": published_id(pair.id, pair.row["images"])} for pair in records.conversations]
     pairs = [row | {"row": number} for number, row in enumerate(rows)]
-    return PreferenceFile(pairs, records.rejected, images, near_hashes)
+    return PreferenceFile(pairs, records.rejected, images, near_hashes, records.counts)
 
 
 def _read_pair(record: dict) -> dict:

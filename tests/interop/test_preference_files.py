@@ -83,6 +83,13 @@ def test_a_round_trip_changes_nothing(tmp_path, images, format):
     ]
 
 
+@pytest.mark.parametrize("key", ["images", "Image", "IMAGE "])
+def test_names_of_keys_are_read_as_by_prepare(tmp_path, images, key):
+    other = record("a", note="x")
+    file = read(tmp_path, [{key if name == "image" else name: value for name, value in other.items()}], images)
+    assert file.pairs[0]["images"] == ["jones_1957.png"] and file.notes == {"columns_not_used": "note"}
+
+
 def test_file_names_and_image_metadata_are_not_published(tmp_path, images):
     file = read(tmp_path, [record("jones_1957.png"), record("x", image="deeper/b.jpg")], images)
     write_preferences(tmp_path / "dataset", select_preferences(file.pairs, file.rejected), file)
