@@ -90,9 +90,9 @@ def assemble(
     is_compared = near_copy_bits and {*image_ids.values()} <= index.hashes.keys()
     splits, overlap, removed = hold_out(usable, image_ids, disjoint, near if is_compared else None)
     for split in ("test", "validation"):  # they have kept others out of train
-        unlabelled = [item for item in splits[split] if isinstance(item, Conversation) and not item.messages]
-        rejected += [Rejected(item.id, f"unlabeled_{split}_image", item.images[0]) for item in unlabelled]
-        splits[split] = [item for item in splits[split] if isinstance(item, Question) or item.messages]
+        found = [(item, _why_in_no_dataset(item)) for item in splits[split]]
+        rejected += [Rejected(item.id, reason, "|".join(item.images)) for item, reason in found if reason]
+        splits[split] = [item for item, reason in found if not reason]
     rows, drawn = _rows(records.name, splits, image_ids, grouping, validation_fraction, seed)
     rejected += removed + drawn
     together = {image_ids[name]: _joined(record, image_ids, grouping) for record in usable for name in record.images}
@@ -137,6 +137,17 @@ def _usable(
     return usable, members, rejected
 
 
+def _why_in_no_dataset(record: Conversation | Question) -> str | None:
+    """Return the reason for a record of test or validation. A benchmark has questions, and one image per row."""
+    if isinstance(record, Conversation) and not record.messages:
+        return f"unlabeled_{record.split}_image"
+    if record.split != "test":
+        return None
+    if isinstance(record, Conversation):
+        return "test_caption"
+    return "several_test_images" if record.more_images else None
+
+
 def _rows(
     name: str, splits: Mapping[str, list], image_ids: Mapping[str, str], grouping: Grouping, fraction: float, seed: int
 ) -> tuple[dict[tuple[str, str], list[dict]], list[Rejected]]:
@@ -170,8 +181,8 @@ def _notes(
     notes = {
         "records_without_group": not all(without) and sum(without),
         "images_kept_together": 2 * largest > together.total() >= 10 and f"{largest:,} of {together.total():,}",
-        "train_split": had_train and not (train or rows["images", "train"]) and "empty, other splits have it",
-        "validation_split": validation_fraction and train and not validation and "empty, too much belongs together",
+        "train_split": had_train and not (train or rows["images", "train"]) and "empty: all of it is in other splits",
+        "validation_split": validation_fraction and train and not validation and "empty: too much belongs together",
     }
     return {name: note for name, note in notes.items() if note}
 

@@ -106,7 +106,7 @@ def _rows(dataset: "Dataset") -> Iterator[tuple[list[str], str | None, list[str]
             messages = row.get("messages") or row.get("prompt") or ()
             texts = [text_of(message["content"]) for message in messages if message["role"] == "user"]
         images = row["image_ids"] if "image_ids" in row else [row["image_id"]]
-        yield images, row.get("group_id"), list(map(normalised, texts))
+        yield images, row.get("group_id"), list(map(normalized, texts))
 
 
 def why_groups_not_compared(benchmark: Inventory, training: Inventory) -> str | None:
@@ -120,7 +120,7 @@ def why_groups_not_compared(benchmark: Inventory, training: Inventory) -> str | 
     return f"{number_of(f'{len(missing):,}', 'training image')} without a group" if missing else None
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Return the words of a text in lower case without punctuation; the whole text if it has no words."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORD.findall(plain)) or plain.strip()

@@ -118,14 +118,12 @@ class Question:
                 train), `answer_type` (default closed for yes and no), `question_type` and `link`.
 
         Raises:
-            BadRecord: `no_image`, `several_test_images`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
+            BadRecord: `no_image`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
                 `not_text`, `bad_unicode`.
         """
         image, *more = cells.image_cell(row.get("image"))
         question = cells.text_value(row.get("question"), missing="no_question")
         answer, split = cells.answer_text(row.get("answer")), cells.read_split(row.get("split"))
-        if more and split == "test":  # a benchmark has one image per row
-            raise BadRecord("several_test_images", row.get("image"))
         answer_type = cells.read_answer_type(row.get("answer_type"), answer)
         question_type, link = (cells.optional_text(row.get(name)) for name in ("question_type", "link"))
         return cls(name, image, split, question, answer, answer_type, question_type, link, tuple(more))

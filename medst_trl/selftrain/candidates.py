@@ -31,7 +31,7 @@ from medst_trl.engines.engine import (
 )
 from medst_trl.engines.kinds.transformers import TransformersEngine
 
-from .filters import QuestionFilter, normalised, pair_answers
+from .filters import QuestionFilter, normalized, pair_answers
 
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class CandidateGenerator:
             return self._questions(record)
         if answer is None:
             record.drawn += 1
-            earlier = {normalised(text) for text in record.questions.values()}
+            earlier = {normalized(text) for text in record.questions.values()}
             if problem := self.question_filter.problem(reply, earlier):
                 record.reject(problem, reply.text, question)
                 return []

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from medst_trl.data.overlap import normalised
+from medst_trl.data.overlap import normalized
 from medst_trl.engines.engine import Reply
 
 
@@ -65,11 +65,11 @@ class QuestionFilter:
 
         Args:
             reply ([`Reply`]): The sampled question.
-            earlier (collection of `str`): Questions kept for the same image, as [`normalised`] returns them.
+            earlier (collection of `str`): Questions kept for the same image, as [`normalized`] returns them.
         """
         if reply.problem:
             return reply.problem
-        words = normalised(reply.text).split()
+        words = normalized(reply.text).split()
         if not words:
             return "empty"
         if not reply.ended:
@@ -120,7 +120,7 @@ def same_answer(first: str, second: str, max_similarity: float = 0.95) -> str | 
         `str`, *optional*: `"identical_answers"` (up to case, punctuation and whitespace),
         `"nearly_identical_answers"`, or None for answers that differ.
     """
-    one, two = sorted((normalised(first).split(), normalised(second).split()))  # `ratio` depends on the order
+    one, two = sorted((normalized(first).split(), normalized(second).split()))  # `ratio` depends on the order
     if one == two:
         return "identical_answers"
     differing = {*(Counter(one) - Counter(two)), *(Counter(two) - Counter(one))}
@@ -156,7 +156,7 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     while usable:
         first = usable.pop(0)
         same = [same_answer(first, other, max_similarity) for other in usable]
-        texts = [frozenset(map(normalised, (first, other))) for other in usable]
+        texts = [frozenset(map(normalized, (first, other))) for other in usable]
         partners = [place for place, reason in enumerate(same) if reason is None and texts[place] not in made]
         if partners:
             made.add(texts[partners[0]])

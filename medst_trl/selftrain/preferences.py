@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw
 from medst_trl.data.groups import NEAR_COPY_BITS, Grouping
-from medst_trl.data.overlap import Inventory, normalised, why_groups_not_compared
+from medst_trl.data.overlap import Inventory, normalized, why_groups_not_compared
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -223,7 +223,7 @@ def _shared_with_benchmarks(
 
     found, held.near = [], near_copies(images.hashes, held.hashes, near_copy_bits)
     for pair in pairs:
-        question = normalised(_text(pair, "prompt"))
+        question = normalized(_text(pair, "prompt"))
         relation, _ = held.relation(pair["image_ids"], pair.get("group_id"))
         if relation == "image" and held.relation(pair["image_ids"], None, question)[0] == "question":
             relation = "image_and_question"
@@ -272,8 +272,8 @@ def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
     """
     kept, duplicates = {}, {}
     for place, pair in _by_margin(pairs):
-        prompt = tuple((turn["role"], normalised(text_of(turn["content"]))) for turn in pair["prompt"])
-        answers = frozenset(normalised(_text(pair, key)) for key in ("chosen", "rejected"))
+        prompt = tuple((turn["role"], normalized(text_of(turn["content"]))) for turn in pair["prompt"])
+        answers = frozenset(normalized(_text(pair, key)) for key in ("chosen", "rejected"))
         winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
         if winner is not pair:
             duplicates[place] = winner["id"]
@@ -298,7 +298,7 @@ def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping
     """
     kept, duplicates = defaultdict(list), {}
     for place, pair in _by_margin(pairs):
-        words = set(normalised(_text(pair, "prompt")).split()) - _DETERMINERS
+        words = set(normalized(_text(pair, "prompt")).split()) - _DETERMINERS
         same = grouping.of(pair["image_ids"], pair.get("group_id"), "", near=False)
         copies = {("image", copy) for image in pair["image_ids"] for copy in grouping.near[image]}
         for others, other in chain.from_iterable(kept[name] for name in (same, *sorted(copies))):

@@ -4,7 +4,7 @@
 
 import pytest
 
-from medst_trl.data.overlap import Inventory, normalised, why_groups_not_compared
+from medst_trl.data.overlap import Inventory, normalized, why_groups_not_compared
 
 
 def inventory(*records) -> Inventory:
@@ -45,4 +45,4 @@ def test_groups_are_compared_only_if_all_would_be_found(training, reason):
 
 @pytest.mark.parametrize("spelling", ["Is there a fracture ?", "is there  a fracture", "Is there a \ufb01racture?\n"])
 def test_spellings_of_a_question_are_equal(spelling):
-    assert normalised(spelling.replace("\ufb01r", "fr")) == normalised("Is there a fracture?")
+    assert normalized(spelling.replace("\ufb01r", "fr")) == normalized("Is there a fracture?")

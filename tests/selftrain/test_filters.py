@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medst_trl.demo.phantoms import QUESTIONS, VIEWS
 from medst_trl.engines.engine import Reply
-from medst_trl.selftrain.filters import QuestionFilter, is_question, normalised, pair_answers, same_answer
+from medst_trl.selftrain.filters import QuestionFilter, is_question, normalized, pair_answers, same_answer
 
 
 STATEMENTS = [
@@ -95,7 +95,7 @@ def test_real_answers_are_not_questions(shared_data):
     ],
 )
 def test_problems_of_questions_are_found(reply, problem):
-    assert QuestionFilter().problem(reply, earlier={normalised("Where is the lesion?")} if problem else ()) == problem
+    assert QuestionFilter().problem(reply, earlier={normalized("Where is the lesion?")} if problem else ()) == problem
 
 
 def test_questions_in_other_languages_need_english_false():
@@ -165,7 +165,7 @@ def test_pairs_always_differ(texts):
     assert len(kept) % 2 == 0
     pairs = list(zip(kept[::2], kept[1::2]))
     assert all(same_answer(*pair) is None for pair in pairs)
-    assert len({frozenset(map(normalised, pair)) for pair in pairs}) == len(pairs), "a pair occurs twice"
+    assert len({frozenset(map(normalized, pair)) for pair in pairs}) == len(pairs), "a pair occurs twice"
     assert not set(kept) - set(texts)
 
 

@@ -5,7 +5,7 @@
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import visible_files
 from medst_trl.data.assemble import draw
-from medst_trl.data.cells import BadRecord, image_cell, read_split, text_value
+from medst_trl.data.cells import image_cell, read_split, text_value
 from medst_trl.data.reading import read_rows
 from medst_trl.data.schema import dialogue
 from medst_trl.data.source import (
@@ -90,19 +90,16 @@ def read_captions(request: SourceRequest) -> Records:
     words, and for a detailed one otherwise. The wording of the request is sampled for each record, by its id and the
     seed.
 
-    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); `caption`; optionally `id` and `split`
-    (train or validation).
+    Columns: `image`, file names (see [`~medst_trl.data.cells.image_cell`]); `caption`; optionally `id` and `split`.
 
     Rejected, by reason: `malformed_row`, `bad_quotes`, `malformed_json`, `not_an_object`, `repeated_column`,
-    `no_image`, `no_caption`, `bad_split`, `test_caption`, `not_text`, `bad_unicode`, `duplicate_id`.
+    `no_image`, `no_caption`, `bad_split`, `not_text`, `bad_unicode`, `duplicate_id`.
     """
 
     def conversation(name: str, row: dict) -> Conversation:
         images, caption = image_cell(row.get("image")), text_value(row.get("caption"), missing="no_caption")
-        if (split := read_split(row.get("split"))) == "test":  # a benchmark has questions
-            raise BadRecord("test_caption", row["split"])
         turns = [(instruction(name, caption, request.seed), caption)]
-        return Conversation(name, images, dialogue(turns, len(images)), split)
+        return Conversation(name, images, dialogue(turns, len(images)), read_split(row.get("split")))
 
     records = Records("captions", request.image_folder, group_column=request.group_column)
     rows = read_rows(request.data_path, notes=records.counts)

@@ -182,7 +182,7 @@ def test_an_empty_validation_split_of_one_patient_is_explained(candidates, tmp_p
     source.to_parquet(tmp_path / "candidates" / "train-00000-of-00001.parquet")
     with JudgeServer() as server:
         run(str(tmp_path / "candidates"), tmp_path / "out", server, validation_share=0.3)
-    assert capsys.readouterr().out.count("empty, too much belongs together") == 1
+    assert capsys.readouterr().out.count("empty: too much belongs together") == 1
 
 
 @pytest.mark.parametrize("version", ["rubric", "paper"])

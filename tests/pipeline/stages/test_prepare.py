@@ -361,12 +361,12 @@ def test_the_parser_reads_settings():
 
 @pytest.mark.parametrize("disjoint", [False, True])
 def test_questions_about_several_images_are_conversations_held_out_by_each_image(tmp_path, disjoint):
-    for n in range(4):
+    for n in range(6):
         save(tmp_path / f"{n}.png", n)
     lines = [
         "image,question,answer,split", "0.png,Is it dark?,yes,test", "0.png|1.png,Changed?,no,train",
         "2.png|3.png,Changed?,no,train", "2.png|3.png,Alike?,yes,train", "2.png,Dark?,no,train",
-        "2.png|3.png,Alike?,yes,test",
+        "4.png|5.png,Alike?,yes,test",
     ]  # fmt: skip
     (tmp_path / "table.csv").write_text("\n".join(lines))
     directory = prepare(
@@ -376,7 +376,7 @@ def test_questions_about_several_images_are_conversations_held_out_by_each_image
     assert sorted(shown) == ([(1, 2), (2, 4)] if disjoint else [(1, 2), (2, 2), (2, 4)])
     assert len(load_records(directory / "benchmark", "test")) == 1
     rejected, *removed = read_jsonl(directory / "rejected.jsonl")
-    assert rejected == {"id": "row-000005", "reason": "several_test_images", "value": "2.png|3.png"}
+    assert rejected == {"id": "row-000005", "reason": "several_test_images", "value": "4.png|5.png"}
     assert removed == [{"id": "row-000001", "reason": "image_in_test", "value": "0.png, 1.png, 0.png"}] * disjoint
 
 

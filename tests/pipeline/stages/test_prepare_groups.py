@@ -4,8 +4,10 @@
 
 import json
 import random
+import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from jsonl import read_jsonl
 from PIL import Image
@@ -87,13 +89,20 @@ def test_patients_on_both_sides_are_reported_and_removed(tmp_path, suffix, capsy
 
 def test_no_file_names_a_patient_or_the_salt(tmp_path):
     table = patients(tmp_path)
+    text = (tmp_path / "patients.csv").read_text().splitlines()
+    names = ["id,link", *(f"P{n % 4}-{n},P{n % 4}" for n in range(10))]
+    (tmp_path / "patients.csv").write_text("\n".join(map(",".join, zip(names, text))))
     directory, record = prepare(tmp_path, group_column="patient_id", group_salt=str(tmp_path / "my_salt"), **table)
     salt = (tmp_path / "my_salt").read_bytes()
     for path in directory.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            assert b'P0"' not in content and b'P3"' not in content and salt not in content
-            assert str(tmp_path / "my_salt").encode() not in content
+            assert salt not in content and str(tmp_path / "my_salt").encode() not in content
+            if path.suffix == ".parquet":
+                table = pq.read_table(path)
+                names = [name for name in table.column_names if not name.startswith("image")]
+                content = str(table.select(names).to_pylist()).encode()
+            assert not re.search(rb"\bP[0-3]\b", content)
     assert record["settings"]["group_salt"] is None
     assert record["inputs"]["group_salt"] == [
         {"path": "group_salt", "sha256": salt_of(GroupIds(tmp_path / "my_salt").of_key(""))}
@@ -176,6 +185,25 @@ def test_unlabeled_images_of_other_splits_are_no_training_data_and_keep_their_pa
         assert groups_of(directory) == {"images/train": {ids.of_key(name) for name in patients_left}}
         reasons = [row["reason"] for row in read_jsonl(directory / "rejected.jsonl")]
         assert reasons.count("unlabeled_test_image") == 2 and reasons.count("unlabeled_validation_image") == 1
+
+
+def test_test_rows_that_no_benchmark_can_have_keep_their_patients_out(tmp_path):
+    for number in range(6):
+        save(tmp_path / f"{number}.png", number)
+    rows = [
+        {"image": image, "caption": "A scan.", "question": f"{image}?", "answer": "So.", "split": split, "p": patient}
+        for image, split, patient in [
+            ("0.png", "train", "A"), ("1.png", "train", "B"), ("2.png", "train", "C"), ("0.png|5.png", "test", "A"),
+            ("3.png|4.png", "test", "B"),
+        ]
+    ]  # fmt: skip
+    for source, reason in (("images", "several_test_images"), ("captions", "test_caption")):
+        for disjoint, patients_left in (("none", "ABC"), ("image", "BC"), ("group", "C")):
+            arguments = {"data_path": str(write_table(tmp_path / "t.jsonl", rows)), "group_column": "p"}
+            directory, record = prepare(tmp_path, source + disjoint, source=source, disjoint=disjoint, **arguments)
+            ids = GroupIds(tmp_path / "salt")
+            assert groups_of(directory) == {"instruct/train": {*map(ids.of_key, patients_left)}}
+            assert record["counts"]["rejected"][reason] == 2
 
 
 def test_ids_that_name_the_patient_of_a_dicom_header_are_hashed(tmp_path):
