@@ -141,11 +141,9 @@ def _why_in_no_dataset(record: Conversation | Question) -> str | None:
     """Return the reason for a record of test or validation. A benchmark has questions, and one image per row."""
     if isinstance(record, Conversation) and not record.messages:
         return f"unlabeled_{record.split}_image"
-    if record.split != "test":
-        return None
-    if isinstance(record, Conversation):
-        return "test_caption"
-    return "several_test_images" if record.more_images else None
+    if record.split == "test" and (isinstance(record, Conversation) or record.more_images):
+        return "test_caption" if isinstance(record, Conversation) else "several_test_images"
+    return None
 
 
 def _rows(

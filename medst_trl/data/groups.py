@@ -91,9 +91,9 @@ def salt_of(group: str) -> str:
 
 def salt_path(path: str | os.PathLike | None = None) -> Path:
     """Return the path of the salt: the given one, or else the default. See [`GroupIds`]."""
-    data_home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    path = path or os.environ.get(SALT_VARIABLE) or Path(data_home, "medst_trl", "group_salt")
-    return Path(os.path.expanduser(path))  # leaves `~` if there is no home directory, `Path.expanduser` would fail
+    default = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "medst_trl", "group_salt")
+    # Leaves `~` if there is no home directory. `Path.expanduser` would fail.
+    return Path(os.path.expanduser(path or os.environ.get(SALT_VARIABLE) or default))
 
 
 def read_salt(path: str | os.PathLike | None = None) -> bytes:
@@ -162,9 +162,8 @@ class Grouping:
         self.near = defaultdict(set)  # without those of another group
         for one, other in ((one, other) for one, copies in near.items() for other in copies):
             if not (groups_of[one] and groups_of[other]) or groups_of[one] & groups_of[other]:
-                keys.append([one, other])
                 self.near[one].add(other)
-        self._joined = representatives(keys)
+        self._joined = representatives([*keys, *([one, *copies] for one, copies in self.near.items())])
 
     def of(self, image_ids: Collection[str], group: str | None, default: str, near: bool = True) -> str:
         """

@@ -339,12 +339,11 @@ def _split(pairs: list[dict], share: float, seed: int, grouping: Grouping) -> tu
     # Not the draw of `medst prepare`, which would never draw an image that prepare gave to training.
     keys = [grouping.of(pair["image_ids"], pair.get("group_id"), pair["id"]) for pair in pairs]
     draws = {key: draw(f"preferences:{key}", seed) for key in keys}
-    limit = share
     if share > 0 and len(draws) > 1:  # at least one image, even of a few
-        limit = max(limit, math.nextafter(min(draws.values()), 1.0))
+        share = max(share, math.nextafter(min(draws.values()), 1.0))
     train, validation = [], []
     for pair, key in zip(pairs, keys, strict=True):
-        (validation if draws[key] < limit else train).append(pair)
+        (validation if draws[key] < share else train).append(pair)
     return train, validation
 
 
