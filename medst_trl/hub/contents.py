@@ -99,8 +99,8 @@ def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[s
     if not any(directory.glob(weights)):
         raise UserError(f"{directory} has no weights ({weights}). Let the stage that writes it finish first.")
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    if training_images(directory)[0]:  # also of a model of version 0.1.0, which has no such file
-        found.add(directory / TRAINING_IMAGES_FILE)
+    images = {directory / TRAINING_IMAGES_FILE}  # also of a model of version 0.1.0, which has no such file
+    found = found | images if training_images(directory)[0] else found - images
     return sorted(path.relative_to(directory).as_posix() for path in found)
 
 

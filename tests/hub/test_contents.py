@@ -147,6 +147,8 @@ def test_only_hashes_of_training_images_are_published(tmp_path):
     ids = ["Mueller_Anna_0.png", "17", "a" * 64]
     (directory / "training_images.json").write_text(json.dumps({"complete": True, "image_ids": ids}))
     assert uploaded_images(directory, tmp_path / "some") == {"complete": False, "image_ids": ["a" * 64]}
+    (directory / "training_images.json").write_text(json.dumps({"complete": True, "image_ids": ids[:2]}))
+    assert uploaded_images(directory, tmp_path / "names") is None  # nothing is left to announce
 
 
 def test_a_model_of_version_0_1_0_is_published_with_the_images_of_the_data_that_is_here(tmp_path):

@@ -28,7 +28,7 @@ def read(content):
         {"answers": [{"answer_id": 2, "accuracy": 5}, {"answer_id": 1, "accuracy": 8}]},
         {"answers": [{"number": "2", "accuracy": 5}, {"number": "1", "accuracy": 8}]},
         {"answers": [{"response_id": "B", "rank": 2, "accuracy": 5}, {"response_id": "A", "rank": 1, "accuracy": 8}]},
-        {"answers": [{"which": "answer_2", "accuracy": 5}, {"which": "answer_1", "accuracy": 8}]},
+        {"answers": [{"which": "answer_2", "accuracy": 5}, {"answer_letter": "A", "accuracy": 8}]},
         '{Answer 1: {accuracy: 8}, \'Answer 2\': {accuracy: "5",}}',
     ],
 )  # fmt: skip
