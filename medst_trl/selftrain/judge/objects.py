@@ -27,9 +27,7 @@ _REASONED = re.compile(
 _ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
 # Names with the group do not say which answer is meant: an index may count from 0, and a rank is no place.
-_IDENTIFIES = re.compile(
-    rf"(?=.){NOUN}?(?:id|name|label|letter|number|no|key|tag|(index|idx|rank|position|order))?|which"
-)
+_IDENTIFIES = re.compile(rf"(?=.){NOUN}?(?:id|name|label|letter|number|no|key|(index|idx|rank|position|order))?|which")
 _VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
 _IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")
 _IS_TIE = re.compile(r"(?:itsa|a)?(?:tie|draw)|equal(?:lygood)?|neither(?:isbetter)?")
