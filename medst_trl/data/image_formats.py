@@ -38,7 +38,7 @@ class ImageProblem(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 @contextmanager
@@ -174,11 +174,8 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def without_metadata(image: Image.Image, data: bytes) -> bytes | None:
     """Return the bytes of an opened file without metadata, if it can be stored as it is: gray or RGB, JPEG or PNG."""
-    if image.mode not in ("L", "RGB") or "transparency" in image.info:
-        return None
-    if image.format in ("JPEG", "MPO"):
-        return strip_jpeg(data)
-    return strip_png(data) if image.format == "PNG" else None
+    strip = {"JPEG": strip_jpeg, "MPO": strip_jpeg, "PNG": strip_png}.get(image.format)
+    return strip(data) if strip and image.mode in ("L", "RGB") and "transparency" not in image.info else None
 
 
 def strip_jpeg(data: bytes) -> bytes | None:
@@ -189,10 +186,8 @@ def strip_jpeg(data: bytes) -> bytes | None:
     Adobe. Returns `None` for an unknown structure, so that the caller encodes the pixels again.
     """
     parts, at = [b"\xff\xd8"], 2
-    while marker := _NEXT_MARKER.search(data, at):
-        kind, at = data[marker.start() + 1], marker.end()
-        if kind == _EOI:
-            break
+    while (marker := _NEXT_MARKER.search(data, at)) and (kind := data[marker.start() + 1]) != _EOI:
+        at = marker.end()
         if kind == 0x01:  # a marker without a segment and without a meaning
             continue
         if kind == _SOI or at + 2 > len(data):
@@ -200,8 +195,7 @@ def strip_jpeg(data: bytes) -> bytes | None:
         end = at + struct.unpack_from(">H", data, at)[0]
         if end < at + 2 or end > len(data):
             return None
-        segment = _needed_part(kind, data[at + 2 : end])
-        if segment is not None:
+        if (segment := _needed_part(kind, data[at + 2 : end])) is not None:
             parts.append(struct.pack(">BBH", 0xFF, kind, len(segment) + 2) + segment)
         at = end
         if kind == _SOS:

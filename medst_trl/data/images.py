@@ -14,12 +14,13 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path, PurePath
 from threading import Lock
 from typing import Any
+from unicodedata import normalize
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -98,11 +99,10 @@ def identify(data: bytes) -> tuple[str | None, str | None]:
     Return the [`image_id`] and the near hash of an image file in a dataset, of its picture as [`publishable`] stores
     it; None and None if it cannot be decoded.
     """
-    try:
+    with suppress(ImageProblem):
         image = load_image(data, _ANY_SIZE, 1)
-    except ImageProblem:
-        return None, None
-    return image.image_id, image.near_hash
+        return image.image_id, image.near_hash
+    return None, None
 
 
 def publishable(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,11 +263,12 @@ def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: boo
     root = os.path.join(os.path.realpath(directory), "")
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         name = name.replace("\\", "/")  # a table from Windows
+    spellings = (name, *(normalize(form, name) for form in ("NFC", "NFD")))  # a Mac writes an umlaut as two characters
+    if not name.isascii():
+        name = next((other for other in spellings if os.path.lexists(os.path.join(root, other))), name)
     named = os.path.normpath(os.path.join(root, name))
-    try:
+    with image_problem("missing", (OSError, ValueError)):  # a name that is too long, or has a zero byte
         path = os.path.realpath(os.path.join(root, name))
-    except (OSError, ValueError):  # too long, a zero byte
-        raise ImageProblem("missing", "no such file name") from None
     if path.startswith(root):
         return Path(path)
     if not named.startswith(root):
@@ -332,13 +333,29 @@ class FolderImages:
     def load(self, name: str, identify: bool = True) -> StoredImage:
         """Read an image. See [`load_image`]."""
         path, frame = self.find(name)
-        if frame is None:
-            opened = open_image(path, self.settings)
-        else:
-            with self._lock:
-                opened = self._open_once(path, self.settings)
+        try:
+            with self._lock if frame else nullcontext():
+                opened = (self._open_once if frame else open_image)(path, self.settings)
+        except ImageProblem as problem:
+            near = self._similar_file(path) if problem.reason == "missing" else ""
+            raise ImageProblem(problem.reason, f"{problem.detail}{near}") from None
         opened.groups["file"] = os.path.relpath(path, os.path.realpath(self.directory))
         return load_frame(opened, self.settings, frame, identify)
+
+    def _similar_file(self, path: Path) -> str:
+        """Name a file that differs from a missing one in case, suffix or directory only, for the end of a message."""
+        root = Path(os.path.realpath(self.directory))
+        found = (_files_by_stem(directory).get(_stem(path.name)) for directory in (path.parent, root))
+        return next((f". Did you mean {os.path.relpath(file, root)}?" for file in found if file), "")
+
+
+@lru_cache(maxsize=8)
+def _files_by_stem(directory: Path) -> dict[str, Path]:
+    return {_stem(file.name): file for file in directory.glob("*")}
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.[a-z]{2,5}$", "", name.casefold())  # not `.2`, as in the UIDs of DICOM
 
 
 @dataclass(frozen=True)

@@ -108,16 +108,14 @@ class TableImages(FolderImages):
         return path
 
     def find(self, name: str) -> tuple[Path, int | None]:
-        if (place := self._inside.get(name)) is None:
-            return super().find(name)
-        if isinstance(place, Path):
-            return place, None
-        raise ImageProblem("missing", "no file of the directory of images")
+        if callable(place := self._inside.get(name)):
+            raise ImageProblem("missing", "no file of the directory of images")
+        return (place, None) if place else super().find(name)
 
     def load(self, name: str, identify: bool = True) -> StoredImage:
-        if (place := self._inside.get(name)) is None or isinstance(place, Path):
-            return super().load(name, identify)
-        return load_image(place(), self.settings, identify=identify)
+        if callable(place := self._inside.get(name)):
+            return load_image(place(), self.settings, identify=identify)
+        return super().load(name, identify)
 
 
 def _bytes_at(dataset: "Dataset", position: int, column: int, number: int) -> bytes:

@@ -202,9 +202,8 @@ def read_json_rows(path: Path, key: str, notes: dict | None = None) -> Iterator[
     for position, item in read_json_records(path, key, notes):
         if isinstance(item, dict):
             names = column_names(item, "image")
-            is_unique = len(set(names)) == len(names)
             repeated = Rejected(f"{path.name}#{position}", "repeated_column", ", ".join(item))
-            item = dict(zip(names, item.values())) if is_unique else repeated
+            item = dict(zip(names, item.values())) if len({*names}) == len(names) else repeated
         yield position, item
 
 

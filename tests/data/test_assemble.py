@@ -180,12 +180,15 @@ def test_near_copies_of_near_copies_stay_in_train(made, disjoint):
 def test_what_belongs_together_is_not_divided_and_an_empty_validation_split_is_noted(made):
     talks = [Conversation(name, (name,), [{"role": "user"}]) for name in chain(20)]
     rows, _, counts = made(talks, chain(20), validation_fraction=0.001)
-    assert len(rows["instruct", "train"]) == 20 and counts["notes"]["validation_split"].startswith("empty")
+    assert len(rows["instruct", "train"]) == 20 and "belongs together" in counts["notes"]["validation_split"]
+    apart = dict([*chain(20).items()][::6])  # no two of them are near copies
+    _, _, counts = made(talks[::6], apart, validation_fraction=0.001)
+    assert counts["notes"]["validation_split"].startswith("empty: no image was drawn")
     rows, _, counts = made(talks, chain(20), validation_fraction=0.999)
     assert len(rows["instruct", "validation"]) == 20 and "validation_split" not in counts["notes"]
 
 
-def unlabeled_test_images_of_validation_are_left_out(made):
+def test_unlabeled_images_of_validation_are_left_out(made):
     records = []
     for patient in "PQRSTU":
         records.append(question(patient, f"{patient}1", text="Normal?"))

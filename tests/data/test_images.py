@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import image_id, load_image, publishable, resolve_inside, store_image
+from medst_trl.data.images import FolderImages, image_id, load_image, publishable, resolve_inside, store_image
 
 
 MARKER = b"PATIENT-DOE-1970"
@@ -230,6 +231,19 @@ def test_unusable_files_have_a_reason(tmp_path):
         "film.png": "several_frames", "script.eps": "not_an_image", "text.png/x.png": "missing",
     }  # fmt: skip
     assert {name: rejection_reason(tmp_path / name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_umlauts_are_the_same_in_the_spelling_of_a_mac(tmp_path, form):
+    random_image("L").save(tmp_path / unicodedata.normalize("NFD" if form == "NFC" else "NFC", "Größe 1.png"))
+    assert FolderImages(tmp_path).load(unicodedata.normalize(form, "Größe 1.png")).image_id
+
+
+@pytest.mark.parametrize("name", ["BILD_2.PNG", "bild_2", "bild_2.jpg", "other/bild_2.png", "C:\\data\\Bild_2.png"])
+def test_a_similar_file_is_named_for_a_missing_one(tmp_path, name):
+    random_image("L").save(tmp_path / "Bild_2.png")
+    with pytest.raises(ImageProblem, match=r"^missing: .*\. Did you mean Bild_2\.png\?$"):
+        FolderImages(tmp_path).load(name)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp", "a.gif", "progressive.jpg"])

@@ -65,9 +65,7 @@ def _pathvqa(file: Path, split: str, images: str, counts: dict[str, int]) -> Ite
             if len(questions) != len(labels):
                 raise BadRecord("questions_and_answers_differ_in_number", f"{len(questions)} and {len(labels)}")
             # Answers with their scores. A NaN is below any other.
-            answers = [
-                max(label, key=lambda answer: (label[answer] == label[answer], label[answer])) for label in labels
-            ]
+            answers = [max(label, key=lambda key: (label[key] == label[key], label[key])) for label in labels]
             image = images.replace("{img_id}", text_value(entry.get("img_id"), missing="no_image"))
         except BadRecord as bad:
             yield position, Rejected(name, bad.reason, bad.value)

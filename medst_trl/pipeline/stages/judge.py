@@ -306,7 +306,7 @@ def _print_summary(record: StageRecord) -> None:
     numbers = {split: counts["preferences"][split]["pairs"] for split in ("train", "validation")}
     for split, number in numbers.items():
         is_undivided = not number and any(numbers.values()) and record.content["settings"].get("validation_share")
-        note = " (empty: too much belongs together)" if is_undivided else ""
+        note = " (empty: too much belongs together, or the share is too small)" if is_undivided else ""
         print(f"  {f'preferences, {split}':28}{number:>20,}{note}")
     if reason := counts["preferences"].get("groups_not_compared"):
         print(f"judge: WARNING: pairs about groups of the benchmarks may be left: {reason}.")

@@ -14,7 +14,8 @@ Output in `output_dir`, depending on what the source contains:
   benchmark/test-*.parquet               columns image_id, image, questions, group_id; one row per image
   images/train-*.parquet                 unlabeled images; columns as in instruct, with empty messages
   rejected.jsonl                         id, reason and value of every rejected record
-  image_index.jsonl                      image_id, near hash and group_id of every file (private: it has file names)
+  image_index.jsonl                      image_id, near hash and group_id of every file (private: it has file names);
+                                         groups of --group_column are only in the datasets
 
 Keep the images of a patient in one split: `--group_column patient_id` names a column of your table, DICOM files
 contain the patient, and `--group_by directory` uses the directories of the images. `--disjoint group` then drops
@@ -73,7 +74,8 @@ class PrepareArguments:
             Directory of the images. File names are relative to it and must stay inside it. Default: for a benchmark,
             images/ (or VQA_RAD Image Folder/ or imgs/) beside its questions, otherwise the directory of the data.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
-            Fraction of the training images to use for validation. All records of an image or group are in one split.
+            Approximate fraction of the training images to use for validation. All records of an image or group are in
+            one split.
         disjoint (`str`, *optional*):
             What to keep out of the training set: image (images that are also in the test or validation set, and near
             copies of them), group (also other images of their groups), or none. Default: none.
