@@ -298,9 +298,10 @@ def _training_data(
             images = set(inventory.questions)
         except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
             reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
+            # A model can have a list; of a dataset that was not read, no image is known.
             images, is_known = (not source["stage"] and _carried_images(source)) or (None, False)
             is_complete = is_complete and (is_known or carried is not None)
-            seen |= ids  # as far as can be told
+            seen |= ids  # each of them can be in this source
         seen |= images or set()
         found.append(({**source, "images": None if images is None else len(images)}, inventory, reason))
     if rest := ids - seen:  # image files of a dataset have been replaced, or a record is damaged

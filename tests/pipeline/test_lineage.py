@@ -18,7 +18,7 @@ from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.data.identify import image_ids_of
 from medst_trl.data.images import store_image
-from medst_trl.data.loading import load_records
+from medst_trl.data.loading import fingerprint_dataset, load_records
 from medst_trl.data.near_copies import perceptual_hash
 from medst_trl.data.schema import dialogue, features_of, write_split
 from medst_trl.evaluation.contamination import Contamination
@@ -39,7 +39,8 @@ from medst_trl.policy.chat_template import MARK
 def write_stage(directory: Path, stage: str, settings=None, **inputs) -> Path:
     """Write the record of a stage with one or several inputs under each name."""
     directory.mkdir(parents=True, exist_ok=True)
-    sources = {name: [fingerprint(x) for x in (v if isinstance(v, list) else [v])] for name, v in inputs.items()}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in inputs.items()}
+    sources = {name: list(map(fingerprint_dataset, values)) for name, values in lists.items()}
     record = {"stage": stage, "status": "complete", "versions": {}, "settings": settings or {}, "counts": {}}
     (directory / "stage.json").write_text(json.dumps(record | {"inputs": sources}))
     return directory
@@ -352,6 +353,17 @@ def test_images_whose_file_was_replaced_are_not_checked(evaluated):
     found = checked(evaluated)
     assert [("near" in one["not_checked"], one["images"]) for one in found["compared"]] == [(False, 0), (True, 1)]
     assert found["compared"][1]["not_checked"]["near"] == "no dataset on this machine contains them"
+
+
+def test_a_json_file_whose_images_were_replaced_has_changed(evaluated):
+    data = evaluated / "own.jsonl"
+    data.write_text(json.dumps({"images": ["1.png"], "messages": [{"role": "user", "content": "Where?"}] * 2}))
+    picture(1, side=48).save(evaluated / "1.png")
+    write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=data)
+    assert checked(evaluated)["figures"]["near"] == {"n": 1, "of": 4}
+    picture(7).save(evaluated / "1.png")
+    [one] = checked(evaluated)["compared"]
+    assert one["not_checked"]["near"] == "the dataset has changed since the training"
 
 
 def train(directory: Path, model: Path, *datasets: Path, version: str = "now") -> Path:
