@@ -20,7 +20,7 @@ from medst_trl.pipeline import launch
 from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, launch_command, without_launcher
 from medst_trl.pipeline.recipe_files import read_yaml
 from medst_trl.pipeline.stages import _training as training
-from medst_trl.pipeline.stages._training import TrainingStageArguments
+from medst_trl.pipeline.stages.sft import SftArguments
 
 
 ENVIRONMENT = without_launcher(os.environ) | {
@@ -187,17 +187,15 @@ def test_configs_do_not_set_training_arguments(path):
 )
 def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "gpu_count", lambda: 0)
-    args = SimpleNamespace(
-        **{"load_in_4bit": False, "use_lora": True, "train_vusr": True, "overwrite": False} | options
-    )
+    args = SftArguments(model_name_or_path="base", dataset=["data"], **options)
     training_args = SimpleNamespace(
         deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None, resume_from_checkpoint=None, output_dir="out"
     )
     if message is None:
-        TrainingStageArguments.check(args, training_args)
+        args.check(training_args)
     else:
         with pytest.raises(UserError, match=message):
-            TrainingStageArguments.check(args, training_args)
+            args.check(training_args)
 
 
 def test_settings_of_another_kind_of_launch_are_not_read(tmp_path):
