@@ -135,7 +135,7 @@ def select_preferences(
     pairs: Sequence[dict],
     rejected: Iterable[Rejected] = (),
     *,
-    benchmarks: Iterable["Dataset"] = (),
+    benchmarks: Iterable["Dataset"] | Inventory = (),
     keep_benchmark_images: bool = False,
     near_hashes: Mapping[str, str | None] | None = None,
     near_copy_bits: int = NEAR_COPY_BITS,
@@ -156,7 +156,7 @@ def select_preferences(
             Rows as in [`Preferences`]; `group_id` may be missing.
         rejected (iterable of [`Rejected`], *optional*):
             Records dropped earlier; reported and counted with the rest.
-        benchmarks (iterable of `datasets.Dataset`, *optional*):
+        benchmarks (iterable of `datasets.Dataset` or what [`read_held`] returns, *optional*):
             Evaluation benchmarks (columns `image_id`, `questions`, optionally `group_id` and `image`). Pairs about
             their images, near copies of these, or other images of their groups are dropped; pairs that only share a
             question with them are counted.
@@ -177,13 +177,14 @@ def select_preferences(
         seed (`int`, *optional*, defaults to 0):
             Seed for the selection of validation images and of pairs dropped for the balance.
     """
-    rejected, images, held = list(rejected), Inventory(hashes=near_hashes or {}), Inventory()
+    rejected, images = list(rejected), Inventory(hashes=near_hashes or {})
     total = len(pairs) + len(rejected)
     for pair in pairs:
         images.add_record(pair["image_ids"], pair.get("group_id"))
-    for benchmark in benchmarks:
-        held.add(benchmark, {} if images.hashes and near_copy_bits and "image" in benchmark.column_names else None)
-    shared, counts_shared = _shared_with_benchmarks(pairs, images, held, near_copy_bits)
+    held = benchmarks if isinstance(benchmarks, Inventory) else read_held(benchmarks, images.hashes, near_copy_bits)
+    shared = [_shared_with(held, pair) for pair in pairs]
+    not_judged = [item.reason.removesuffix("_in_benchmark") for item in rejected]
+    counts_shared = _count_shared(shared + not_judged, images, held)
     grouping = _grouping(pairs, images.hashes, near_copy_bits)
     usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
     usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
@@ -212,43 +213,55 @@ def _grouping(pairs: Sequence[dict], hashes: Mapping[str, str | None], near_copy
     return Grouping(records, near_copies(hashes, hashes, near_copy_bits), plain)
 
 
-def _shared_with_benchmarks(
-    pairs: Sequence[dict], images: Inventory, held: Inventory, near_copy_bits: int
-) -> tuple[list[str], dict[str, Any]]:
-    """
-    Return what each pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
-    `"question"` or `"nothing"`; and the counts of [`Preferences`] about it.
-    """
+def read_held(benchmarks: Iterable["Dataset"], near_hashes: Mapping, near_copy_bits: int) -> Inventory:
+    """Return the images of benchmarks, with their near copies among the images of `near_hashes`."""
     from medst_trl.data.near_copies import near_copies
 
-    found, held.near = [], near_copies(images.hashes, held.hashes, near_copy_bits)
-    for pair in pairs:
-        question = normalized(_text(pair, "prompt"))
-        relation, _ = held.relation(pair["image_ids"], pair.get("group_id"))
-        if relation == "image" and held.relation(pair["image_ids"], None, question)[0] == "question":
-            relation = "image_and_question"
-        found.append("question" if relation == "nothing" and question in held.texts else relation)
-    is_hashed = images.hashes and held.hashes and near_copy_bits
-    compared = ["image_and_question", "image", *(["near_copy"] if is_hashed else []), "question"]
+    held = Inventory()
+    for benchmark in benchmarks:
+        held.add(benchmark, {} if near_hashes and near_copy_bits and "image" in benchmark.column_names else None)
+    held.near = near_copies(near_hashes, held.hashes, near_copy_bits)
+    return held
+
+
+def why_held_out(held: Inventory, pair: Mapping[str, Any]) -> str | None:
+    """Return the reason to drop a pair or candidate about an image, a near copy or a group of a benchmark, or None."""
+    what = _shared_with(held, pair)
+    return None if what in ("question", "nothing") else f"{what}_in_benchmark"
+
+
+def _shared_with(held: Inventory, pair: Mapping[str, Any]) -> str:
+    """
+    Return what a pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
+    `"question"` or `"nothing"`.
+    """
+    question = normalized(_text(pair, "prompt"))
+    relation, _ = held.relation(pair["image_ids"], pair.get("group_id"))
+    if relation == "image" and held.relation(pair["image_ids"], None, question)[0] == "question":
+        return "image_and_question"
+    return "question" if relation == "nothing" and question in held.texts else relation
+
+
+def _count_shared(found: Sequence[str], images: Inventory, held: Inventory) -> dict[str, Any]:
+    """Return the counts of [`Preferences`] about benchmarks. `found` is what each pair shares with them."""
+    compared = ["image_and_question", "image", *(["near_copy"] if images.hashes and held.hashes else []), "question"]
     counts = {"shared_with_benchmarks": {what: found.count(what) for what in compared}}
-    if held.salts and pairs:
+    if held.salts and images.questions:
         reason = why_groups_not_compared(held, images)
         counts["shared_with_benchmarks"]["group"] = found.count("group") or (None if reason else 0)
         counts |= {"groups_not_compared": reason} if reason else {}
-    return found, counts
+    return counts
 
 
-def _usable_pairs(
-    pairs: Sequence[dict], shared: Sequence[str], keep_benchmark_images: bool, rejected: list[Rejected]
-) -> list[dict]:
-    """Return pairs without repeated ids, equal answers and benchmark images."""
+def _usable_pairs(pairs: Sequence[dict], shared: Sequence[str], keep: bool, rejected: list[Rejected]) -> list[dict]:
+    """Return pairs without repeated ids and equal answers, and without benchmark images unless `keep`."""
     usable, ids = [], set()
     for pair, what in zip(pairs, shared, strict=True):
         if pair["id"] in ids:
             rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
         elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
             rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
-        elif what not in ("question", "nothing") and not keep_benchmark_images:
+        elif what not in ("question", "nothing") and not keep:
             rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", _text(pair, "prompt")))
         else:
             usable.append(pair)

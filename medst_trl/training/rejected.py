@@ -58,10 +58,7 @@ class UsableExamples:
 
 
 def usable_examples(
-    dataset: Any,
-    check: Callable[[dict[str, Any]], tuple[int, bool]],
-    max_length: int | None,
-    name: str = "train",
+    dataset: Any, check: Callable[[dict[str, Any]], tuple[int, bool]], max_length: int | None, name: str = "train"
 ) -> UsableExamples:
     """
     Reject the examples that cannot be trained on, with a warning if they are more than a fifth.

@@ -30,8 +30,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCoun
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, nothing_left, warnings_of
-from medst_trl.selftrain.preferences import Preferences, build_preferences
+from medst_trl.selftrain.preferences import Preferences, build_preferences, read_held, why_held_out
 
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class JudgeArguments(JudgeSettings):
             Result files of the Batch API to read instead of calling the judge.
         benchmarks (`list[str]`, *optional*, defaults to `[]`):
             Benchmarks to protect: pairs about their images, near copies of these, or their groups (such as patients)
-            are dropped.
+            are dropped. The judge does not see them.
         keep_benchmark_images (`bool`, *optional*, defaults to `False`):
             Keep pairs about images and groups of the benchmarks anyway.
         near_copy_bits (`int`, *optional*, defaults to `10`):
@@ -154,25 +155,28 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
     benchmarks = [_open_benchmark(name) for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
-    if args.dry_run:
-        return _print_request(judge, candidates)
-    if args.write_batch:
-        return _write_batch(args.write_batch, judge, candidates)
-    if not args.read_batch:
+    if not (args.dry_run or args.write_batch or args.read_batch):
         judge.check_key()
-    record = StageRecord.of(STAGE, args, *judges)
-    if record.decision == "skip":
+    record = None if args.dry_run or args.write_batch else StageRecord.of(STAGE, args, *judges)
+    if record and record.decision == "skip":
         return None if record.is_silent else _print_summary(record)
-    with record:
+    with record or nullcontext():
+        # `prepare` has stored most hashes.
+        hashes = read_inventory(Path(args.candidates), [candidates]).hashes if args.near_copy_bits else {}
+        held = read_held(benchmarks, hashes, args.near_copy_bits)
+        if not args.keep_benchmark_images:
+            judge.held_out = partial(why_held_out, held)
+        if args.dry_run:
+            return _print_request(judge, candidates)
+        if args.write_batch:
+            return _write_batch(args.write_batch, judge, candidates)
         if args.read_batch:
             counts = read_batch(judge.cache, args.read_batch, judge.prompt.read)
             kinds = ", ".join(f"{what}: {number:,}" for what, number in counts.items())
             print(f"judge: {number_of(sum(counts.values()), 'result')} read ({kinds}).")
         judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
-        if args.near_copy_bits:  # `prepare` has stored most hashes
-            selection["near_hashes"] = read_inventory(Path(args.candidates), [candidates]).hashes
-        preferences = build_preferences(candidates, judgements, benchmarks=benchmarks, **selection)
+        preferences = build_preferences(candidates, judgements, benchmarks=held, near_hashes=hashes, **selection)
         _write_preferences(args, candidates, preferences)
         record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
@@ -215,13 +219,12 @@ def _read_captions(path: str | None) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row: Any = None
-        with suppress(ValueError):
+        try:
             row = json.loads(line)
-        values = [row.get("image_id"), row.get("caption")] if isinstance(row, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
-            raise UserError(f"{path}, line {number}: not an object with image_id and caption (texts). Correct it.")
-        captions |= [values]
+            captions |= {"".join([row["image_id"]]): "".join([row["caption"]])}
+        except (ValueError, LookupError, TypeError):
+            text = f"{path}, line {number}: not an object with image_id and caption (texts). Correct it."
+            raise UserError(text) from None
     return captions
 
 

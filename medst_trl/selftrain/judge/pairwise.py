@@ -89,6 +89,9 @@ class PairwiseJudge(JudgeSettings):
         local (`Callable`, *optional*):
             A judge in this process that replaces the server: takes the body of a request, returns the reply. Its calls
             are free.
+        held_out (`Callable`, *optional*):
+            Takes a candidate and returns the reason to drop its pairs without asking about them, or None. See
+            [`~medst_trl.selftrain.preferences.why_held_out`].
         http_client (`httpx2.AsyncClient`, *optional*):
             Replaces the client's own, for proxies and tests.
 
@@ -112,6 +115,7 @@ class PairwiseJudge(JudgeSettings):
 
     captions: Mapping[str, str] | None = None
     local: Callable[[dict[str, Any]], str] | None = None
+    held_out: Callable[[Mapping[str, Any]], str | None] = lambda candidate: None
     http_client: Any = None
 
     def __post_init__(self):
@@ -150,10 +154,10 @@ class PairwiseJudge(JudgeSettings):
             `dict`: a judgement. `id` (of the pair), `candidate`, `image_ids`, `question`, `answers`; `verdict` (0 or
             1: the better answer; None if the pair is dropped), `scores` (of both answers, means over the orders),
             `dropped` (None or a reason: `flip`, `tie`, `small_margin`, `content_filter`, `image_refused`,
-            `image_unreadable`, `unparsable`, `request_failed`); `orders`, one for each order in which the pair was
-            shown (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`, `finish_reason`,
-            `cached`, and `request`, which pairs with the same request share); `cut`, `neutralised` (whether a text
-            was); `model`, `prompt_version`.
+            `image_unreadable`, `unparsable`, `request_failed`, or one of `held_out`); `orders`, one for each order in
+            which the pair was shown (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`,
+            `finish_reason`, `cached`, and `request`, which pairs with the same request share); `cut`, `neutralised`
+            (whether a text was); `model`, `prompt_version`.
 
         Raises:
             UserError: if the run has to stop: no key, no credit, unknown model, no server, the budget used up. All
@@ -196,12 +200,13 @@ class PairwiseJudge(JudgeSettings):
 
     def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Call]]]:
         """
-        Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, or an
-        image cannot be read. A pair has the first keys of a judgement: `id`, `candidate`, `image_ids`, `question` and
-        two `answers` in the candidate's order. Answers (0, 1), (2, 3) and so on are a pair; an odd one is left over.
+        Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, if an
+        image cannot be read, or if `held_out` gives a reason, which is in `dropped`. A pair has the first keys of a
+        judgement: `id`, `candidate`, `image_ids`, `question` and two `answers` in the candidate's order. Answers (0,
+        1), (2, 3) and so on are a pair; an odd one is left over.
         """
         for candidate in candidates:
-            answers = candidate["answers"]
+            answers, reason = candidate["answers"], self.held_out(candidate)
             for k in range(len(answers) // 2):
                 pair = {
                     "id": candidate["id"] if len(answers) == 2 else f"{candidate['id']}/{k}",
@@ -210,8 +215,9 @@ class PairwiseJudge(JudgeSettings):
                     "question": text_of(candidate["prompt"][-1]["content"]),
                     "answers": list(answers[2 * k : 2 * k + 2]),
                 }
+                pair |= {"dropped": reason} if reason else {}
                 requests = []
-                if answers[2 * k] != answers[2 * k + 1]:
+                if not reason and answers[2 * k] != answers[2 * k + 1]:
                     with suppress(ImageProblem):
                         images = [RequestImage.read(image, self.image_size) for image in candidate["images"]]
                         requests = [self._request(candidate, pair, shown, images) for shown in ORDERS[self.order]]
@@ -288,7 +294,7 @@ class PairwiseJudge(JudgeSettings):
         orders = [self._order(call, outcome) for call, outcome in asked]
         scores, dropped = self._decide(orders, [outcome.reason for _, outcome in asked])
         if not asked:
-            dropped = "tie" if pair["answers"][0] == pair["answers"][1] else "image_unreadable"
+            dropped = "tie" if pair["answers"][0] == pair["answers"][1] else pair.get("dropped", "image_unreadable")
         texts = (pair["question"], *pair["answers"])
         return pair | {
             "scores": scores,
@@ -303,9 +309,7 @@ class PairwiseJudge(JudgeSettings):
 
     def _is_neutralised(self, texts: tuple[str, ...]) -> bool:
         """Return whether the prompt changes the question or an answer, apart from its length."""
-        if self.prompt.shown is None:
-            return False
-        shown = self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
+        shown = self.prompt.shown and self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
         return shown is not None and shown != tuple(map(fit, texts))
 
     def _order(self, call: Call, outcome: Outcome) -> dict[str, Any]:

@@ -103,9 +103,7 @@ class JudgePrompt:
 
 
 JUDGE_PROMPTS: Registry[JudgePrompt] = Registry(
-    "judge prompt",
-    ("medst_trl.selftrain.judge.prompts",),
-    ("summary", "messages", "read", "reminder", "reply_tokens"),
+    "judge prompt", ("medst_trl.selftrain.judge.prompts",), ("summary", "messages", "read", "reminder", "reply_tokens")
 )
 
 

@@ -26,7 +26,6 @@ _ADVICE = {
     "image_refused": "The judge refuses the images: choose a judge that accepts images (--model).",
     "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
     "image_in_benchmark": "The images are part of a benchmark: generate from others.",
-    "image_and_question_in_benchmark": "The images are part of a benchmark: generate from others.",
     "near_copy_in_benchmark": "The images are copies of those of a benchmark: generate from others.",
     "group_in_benchmark": "The patients (or other groups) are part of a benchmark: generate from others.",
 }
@@ -176,7 +175,7 @@ def nothing_left(reasons: Mapping[str, int], pairs: int, judgements: Path) -> Us
         pairs (`int`): Number of judged pairs.
         judgements (`Path`): The file of all judgements.
     """
-    most = max(reasons, key=reasons.get, default="tie")
+    most = max(reasons, key=reasons.get, default="tie").replace("_and_question", "")
     counted = list_reasons(reasons) or "no candidate has two answers"
     return UserError(
         f"None of the {pairs:,} pairs is left to train on ({counted}). "

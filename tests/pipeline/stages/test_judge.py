@@ -140,9 +140,16 @@ def test_pairs_with_images_of_a_benchmark_are_dropped(candidates, tmp_path):
     Dataset.from_list(rows, features=benchmark_features()).to_parquet(path)
     with JudgeServer() as server:
         run(candidates, tmp_path / "out", server, benchmarks=str(tmp_path / "benchmark"))
-        assert len(load_records(tmp_path / "out/preferences", "train")) == 8
+        assert len(load_records(tmp_path / "out/preferences", "train")) == 8 and len(server.bodies) == 16
         reasons = {row["reason"] for row in read_jsonl(tmp_path / "out/rejected.jsonl")}
         assert all("benchmark" in reason for reason in reasons)
+        counts = json.loads((tmp_path / "out/stage.json").read_text())["counts"]["preferences"]
+        assert counts["pairs"] == 12 and sum(counts["rejected"].values()) == 4
+        assert counts["shared_with_benchmarks"]["image_and_question"] == 4
+        written = tmp_path / "requests.jsonl"
+        settings = {"benchmarks": str(tmp_path / "benchmark"), "write_batch": str(written)}
+        run(candidates, tmp_path / "batch", server, **settings)
+        assert len(read_jsonl(written)) == 16
         settings = {"benchmarks": [str(tmp_path / "benchmark")], "keep_benchmark_images": True}
         run(candidates, tmp_path / "kept", server, **settings)
         assert len(load_records(tmp_path / "kept/preferences", "train")) == 12
@@ -169,6 +176,7 @@ def test_pairs_of_patients_and_near_copies_of_a_benchmark_are_dropped(candidates
         rejected = {row["id"]: row["reason"] for row in read_jsonl(directory / "out/rejected.jsonl")}
         same_group = dict.fromkeys(source["id"][:2], "group_in_benchmark") if salt == "5a17ed" else {}
         assert rejected == same_group | {source["id"][11]: "near_copy_in_benchmark"}
+        assert len(server.bodies) == 2 * (12 - len(rejected))  # their images are not sent
         assert ("another salt" in capsys.readouterr().out) == (salt == "07be70")
         sides = [
             set(load_records(directory / "out/preferences", split)["group_id"]) for split in ("train", "validation")
