@@ -142,15 +142,16 @@ def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> l
 
 def report_unusable(problems: Sequence[str], used: int, name: str) -> None:
     """
-    Print how many rows of a dataset cannot be used, with the first reason.
+    Print how many rows of a dataset cannot be used, with the first nine reasons.
 
     Raises:
         UserError: if none is used.
     """
+    first = "; ".join(problems[:9])
     if problems and not used:
-        raise UserError(f"{name}: none of its {len(problems)} rows can be used. The first: {problems[0]}")
+        raise UserError(f"{name}: none of its {len(problems)} rows can be used. The first: {first}")
     if problems and rank() == 0:
-        print(f"{name}: {len(problems)} of {len(problems) + used} rows cannot be used. The first: {problems[0]}")
+        print(f"{name}: {len(problems)} of {len(problems) + used} rows cannot be used. The first: {first}")
 
 
 class RowReader:

@@ -37,7 +37,7 @@ def with_image_ids(dataset: "Dataset") -> "Dataset":
     else:
         ids = [row[0] for row in ids]
     dataset = dataset.remove_columns(name).add_column(name, ids, feature=feature)
-    problems = [f"row {place}: its image cannot be decoded" for place, image in enumerate(ids) if image is None]
+    problems = [f"row {place}: its image is missing or damaged" for place, image in enumerate(ids) if image is None]
     report_unusable(problems, len(ids) - len(problems), "The benchmark")
     return dataset.select([place for place, image in enumerate(ids) if image is not None]) if problems else dataset
 

@@ -264,8 +264,7 @@ def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: boo
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         name = name.replace("\\", "/")  # a table from Windows
     spellings = (name, *(normalize(form, name) for form in ("NFC", "NFD")))  # a Mac writes an umlaut as two characters
-    if not name.isascii():
-        name = next((other for other in spellings if os.path.lexists(os.path.join(root, other))), name)
+    name = next((other for other in spellings if os.path.lexists(os.path.join(root, other))), name)
     named = os.path.normpath(os.path.join(root, name))
     with image_problem("missing", (OSError, ValueError)):  # a name that is too long, or has a zero byte
         path = os.path.realpath(os.path.join(root, name))

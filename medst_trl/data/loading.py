@@ -248,7 +248,7 @@ def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
         raise UserError(f"{path} is the split {named!r} by its name, not {split!r}. Set that split, or rename it.")
     if not path.is_dir():
         raise UserError(
-            f"{path} is not a dataset, such as a .parquet or .jsonl file.{near} `medst prepare` reads tables "
+            f"{path} is not a dataset, such as a .parquet or .jsonl file. `medst prepare` reads tables "
             "(--source images) and LLaVA's conversations (--source llava)."
         )
     others = [file.name for suffix in _IN_DIRECTORIES for file in sorted(path.glob(f"*{suffix}"))]

@@ -36,6 +36,7 @@ _NOT_TEXT = {
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
+RENAME = "Rename its columns: image with question and answer, or with caption."
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
@@ -212,7 +213,7 @@ def read_rows(
     needed: Sequence[str] = ("image",),
     notes: dict | None = None,
     *,
-    advice: str = "Rename its columns.",
+    advice: str = RENAME,
     instead: str = "save the sheet as CSV UTF-8",
     as_written: bool = False,
 ) -> Iterator[tuple[int, dict | Rejected]]:
@@ -353,9 +354,7 @@ def _kind_of_name(name: str) -> str:
     return "image" if suffix in image_suffixes() else re.sub(r"\d+", "0", suffix or name)
 
 
-def check_header(
-    header: Collection[str], needed: Collection[str], path: Path, advice: str = "Rename its columns."
-) -> None:
+def check_header(header: Collection[str], needed: Collection[str], path: Path, advice: str = RENAME) -> None:
     """
     Refuse a table that lacks a column, or has two of one name, of which one would be lost.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import read_object
 
 from .metric import METRICS, Figure, FigurePath, describe_figures
@@ -171,7 +171,7 @@ def _title(scores: Mapping[str, Any]) -> str:
         if name not in ("variant", "n", "n_images", "n_groups") and not isinstance(value, Mapping)
     ]
     images = f" on {scores['n_images']} images" if scores["n_images"] is not None else ""
-    images += f" of {scores['n_groups']} groups" if scores.get("n_groups") else ""
+    images += f" of {number_of(scores['n_groups'], 'group')}" if scores.get("n_groups") else ""
     return f"{scores['variant']}{''.join(shown)}: {scores['n']} questions{images}"
 
 

@@ -81,7 +81,7 @@ def test_questions_about_an_image_that_cannot_be_decoded_are_left_out(capsys):
     ))  # fmt: skip
     found = with_image_ids(dataset)
     assert found["n"][:] == [0, 2] and found["image_id"][:] == [identify(stored(n)["bytes"])[0] for n in (1, 2)]
-    assert "1 of 3 rows cannot be used. The first: row 1: its image cannot be decoded" in capsys.readouterr().out
+    assert "1 of 3 rows cannot be used. The first: row 1: its image is missing or damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of its 1 rows can be used"):
         with_image_ids(dataset.select([1]))
 

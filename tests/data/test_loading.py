@@ -198,7 +198,10 @@ def test_a_benchmark_of_json_lines_keeps_numbers_and_truth_values_and_drops_what
     }  # fmt: skip
     assert not {"4", "5", "6"} & found.keys()
     assert set(dataset["image_id"]) == {image_id(SCAN)}
-    assert "rows cannot be used. The first: test.jsonl, record 4: no_answer" in capsys.readouterr().out
+    assert (
+        "rows cannot be used. The first: test.jsonl, record 4: no_answer; test.jsonl, record 5: "
+        in capsys.readouterr().out
+    )
 
 
 def test_rows_of_another_split_are_left_out(tmp_path, capsys):
@@ -243,12 +246,19 @@ def test_a_split_in_several_forms_is_refused(tmp_path, scan):
         load_records(tmp_path / "own", "train", "instruct")
 
 
+def test_a_table_is_no_dataset_and_the_datasets_beside_it_are_not_meant(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"image": "a.png", "question": "What?", "answer": "yes"}])
+    (tmp_path / "labeled.csv").write_text("image,question,answer\na.png,What?,yes\n")
+    with pytest.raises(UserError, match="is not a dataset, .*file. `medst prepare` reads tables"):
+        load_records(tmp_path / "labeled.csv", "train")
+
+
 def test_a_question_about_a_missing_image_does_not_end_an_evaluation(tmp_path, capsys):
     SCAN.save(tmp_path / "a.png")
     rows = [{"image": f"{name}.png", "question": "What?", "answer": "yes", "id": name} for name in "ba"]
     found = load_records(write_lines(tmp_path / "own.jsonl", rows), "test", "benchmark")
     assert [question["id"] for row in found["questions"] for question in row] == ["a"]
-    assert "1 of 2 rows cannot be used. The first: row 0: its image cannot be decoded" in capsys.readouterr().out
+    assert "1 of 2 rows cannot be used. The first: row 0: its image is missing or damaged" in capsys.readouterr().out
 
 
 def test_only_what_looks_like_a_hub_id_is_asked_for_on_the_hub(tmp_path, monkeypatch):

@@ -156,8 +156,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if record.decision == "skip":
         return check_salt(output_dir / INDEX_FILE, groups)
     num_workers = args.num_workers or cores()
-    if source.needs_data:
-        _set_limits_of_pil(images.max_pixels)
+    _set_limits_of_pil(images.max_pixels)
     with record:
         records = read()
         reader = records.images or FolderImages(records.image_folder, images)
@@ -328,7 +327,7 @@ def _write(datasets: dict, reader: ImageReader, output_dir: Path, rows_per_shard
 def _print_counts(args: PrepareArguments, counts: dict) -> None:
     print(f"prepare: {args.source} is in {args.output_dir}")
     for name, row in counts["datasets"].items():
-        print(f"  {name:20}" + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.items()))
+        print(f"  {name:20}" + ", ".join(f"{n:,} {what.removesuffix('s' * (n == 1))}" for what, n in row.items()))
     is_changed = any(reason.endswith(("_in_test", "_in_validation")) for reason in counts["rejected"])
     for what, n in counts["notes"].items():
         before = " before removal" if n and is_changed and "_and_" in what else ""

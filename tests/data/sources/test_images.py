@@ -45,12 +45,13 @@ def test_a_table_can_contain_questions_and_images_without_questions(tmp_path, su
 def test_bad_rows_are_rejected(tmp_path):
     lines = [
         "id,image,question,answer,split,answer_type", "1,a.png,q,a,,", "1,a.png,q,a,,", "2,,q,a,,", "3,a.png,q,,,",
-        "4,a.png,,a,,", "5,a.png,q,a,holdout,", "6,a.png,q,a,,maybe", "7,a.png", "", "8,b.png,,,,",
+        "4,a.png,,a,,", "5,a.png,q,a,holdout,", "6,a.png,q,a,,maybe", "9,a.png,q,--,,", "7,a.png", "", "8,b.png,,,,",
     ]  # fmt: skip
     (tmp_path / "a.csv").write_text("\n".join(lines))
     source = read_table(SourceRequest(tmp_path / "a.csv", tmp_path))
     assert [item.reason for item in source.rejected] == [
-        "duplicate_id", "no_image", "no_answer", "no_question", "bad_split", "bad_answer_type", "malformed_row",
+        "duplicate_id", "no_image", "no_answer", "no_question", "bad_split", "bad_answer_type", "no_answer",
+        "malformed_row",
     ]  # fmt: skip
     assert len(source.questions) == 1 and len(source.conversations) == 1
 
@@ -65,7 +66,11 @@ def test_a_table_without_images_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "Picture,Question\n", "no column `image` .it has picture, question.. Rename"),
+        (
+            "a.csv",
+            "Picture,Question\n",
+            "no column `image` .it has picture, question.. Rename .* image with",
+        ),
         ("a.csv", "image,question,answer,Answer \na.png,q,a,b\n", "several columns `answer`"),
     ],
 )
