@@ -201,7 +201,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Run a command and return its exit code, 128 + N for signal N.
 
     Signals to stop (see [`stop_signals`]) are passed on to the command and its children, which may save their work
-    first. A third one kills them.
+    first. The third of one kind kills them: a logout may send several kinds.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received = []
@@ -209,7 +209,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     def pass_on(number, frame):
         received.append(number)
         with suppress(ProcessLookupError):  # it has already ended
-            os.killpg(process.pid, number if len(received) < 3 else signal.SIGKILL)
+            os.killpg(process.pid, number if received.count(number) < 3 else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:

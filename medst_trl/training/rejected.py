@@ -16,7 +16,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import rank
 from medst_trl.data.schema import with_stored_images
 from medst_trl.data.source import BadRecord
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, MAX_ASPECT_RATIO
 
 from .images import UnreadableImage, check_image, images_of, with_images
 
@@ -27,7 +27,7 @@ WARN_ABOVE = 0.2  # fraction of rejected examples
 
 REJECTION_REASONS = {
     "unreadable_image": "an image is missing, truncated or of an unknown format",
-    EXTREME_ASPECT_RATIO: "an image is too narrow for the model's processor",
+    EXTREME_ASPECT_RATIO: f"an image has an aspect ratio above {MAX_ASPECT_RATIO}:1",
     "malformed": "messages and images do not make a conversation",
     "nothing_to_train": "no answer, and no question that can be asked",
     "chosen_equals_rejected": "both answers say the same",

@@ -77,7 +77,8 @@ class StopSignals(TrainerCallback):
             if number == signal.SIGHUP:
                 _leave_terminal()
             elif rank() == 0:  # not by print, which the signal may have interrupted
-                os.write(2, b"\nStopping with a checkpoint after this step. Press Ctrl-C again to stop at once.\n")
+                again = b" Press Ctrl-C again to stop at once." if number == signal.SIGINT else b""
+                os.write(2, b"\nStopping with a checkpoint after this step." + again + b"\n")
         # Processes of a launcher receive a signal themselves and from the launcher.
         elif time.monotonic() - self.since > DUPLICATE_SECONDS or (number == signal.SIGINT and world_size() == 1):
             _stop(number)
@@ -93,7 +94,13 @@ class StopSignals(TrainerCallback):
             if self.is_stopping:
                 self.trainer.accelerator.set_trigger()
             self.is_stopping = self.trainer.accelerator.check_trigger()
-        control.should_save |= self.is_stopping
+        saves = control.should_save or self.is_stopping
+        # At the end of an epoch, save after its evaluation, which a resumed run would skip.
+        self.saves_epoch = saves and (control.should_training_stop or float(state.epoch).is_integer())
+        control.should_save = saves and not self.saves_epoch
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.saves_epoch
 
     def on_save(self, args, state, control, **kwargs):
         if self.is_stopping:
@@ -131,7 +138,7 @@ def _stop(number: int) -> NoReturn:
 
 def checkpoint_named(output_dir: str | Path, given: str | None) -> Path | bool | None:
     """
-    Return what `resume_from_checkpoint` (`given`) names: a checkpoint in `output_dir`, `True` for the newest one,
+    Resolve `resume_from_checkpoint` (`given`): a checkpoint in `output_dir`, `True` for the newest one,
     `False` for none, or `None` for the newest one if there is any.
 
     Raises:

@@ -143,8 +143,9 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         question_mask, neutralised = inputs.pop("question_mask", None), inputs.pop("neutralised", 0)
         inputs.pop("truncated", None)
-        for name, reason in inputs.pop("rejected", {}).items():  # of a stream
-            logger.warning_once(f"Record {name!r} is rejected as {reason}.", main_process_only=False)
+        for name, reason in inputs.pop("rejected", {}).items():
+            if reason != "nothing_to_train" or not has_length(self.train_dataset):  # else it is asked in other epochs
+                logger.warning_once(f"Record {name!r} is skipped as {reason}.", main_process_only=False)
         with ExitStack() as hooks:
             outputs = hooks.enter_context(fused_outputs(model))
             if "token_mask" in inputs:

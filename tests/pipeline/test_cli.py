@@ -489,6 +489,16 @@ def test_a_stage_can_save_its_work_after_a_signal_and_a_third_one_kills_it(numbe
     assert process.wait(timeout=30) == code
 
 
+def test_a_logout_that_sends_several_kinds_of_signals_does_not_kill_a_stage():
+    stage = PASSING_ON.replace("LIMIT", "3")
+    process = subprocess.Popen([sys.executable, "-c", stage], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{int(number)}\n"
+    assert process.wait(timeout=30) == 7
+
+
 def test_an_interrupted_command_ends_with_the_command_that_resumes_it(monkeypatch, capsys):
     stops = [KeyboardInterrupt(), Interrupted(128 + signal.SIGTERM), KeyboardInterrupt(), KeyboardInterrupt()]
 

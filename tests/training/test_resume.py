@@ -75,7 +75,8 @@ def test_a_signal_saves_a_checkpoint_and_the_resumed_run_equals_an_uninterrupted
     assert error is KeyboardInterrupt or stopped.code == 128 + signal.SIGTERM
     printed = capfd.readouterr()
     assert f"Saved {tmp_path / 'checkpoint-5'}, after step 5 of 8." in printed.out
-    assert printed.err.count("Press Ctrl-C again to stop at once.") == 1
+    assert printed.err.count("Stopping with a checkpoint after this step.") == 1
+    assert printed.err.count("Press Ctrl-C again to stop at once.") == (number == signal.SIGINT)
     trainer = tiny_run.train(tmp_path, **SETTINGS)
     assert "Resuming after step 5 of 8." in capfd.readouterr().out
     _, expected, losses = uninterrupted
@@ -104,6 +105,37 @@ def test_a_run_stopped_after_its_last_step_is_complete(tmp_path, uninterrupted, 
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
     assert not any("train_loss" in entry for entry in trainer.state.log_history)  # of no step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_strategy": "epoch", "load_best_model_at_end": True},
+        {"save_steps": 1, "logging_strategy": "epoch"},
+        {"max_steps": 6},  # ends within an epoch
+        {"save_strategy": "best"},
+    ],
+    ids=str,
+)
+def test_a_run_stopped_at_the_end_of_an_epoch_evaluates_it_once(tmp_path, settings):
+    settings = {**SETTINGS, **settings, "eval_strategy": "epoch"}
+    data = Dataset.from_list([tiny_run.conversation(number) for number in range(20, 23)])
+
+    def result(directory):
+        trainer = tiny_run.train(directory, eval_dataset=data, **settings)
+        state = trainer.state
+        figures = [(e["step"], e[name]) for e in state.log_history for name in ("eval_loss", "loss") if name in e]
+        best = Path(state.best_model_checkpoint or "").name
+        return tiny_run.trained_weights(trainer), (figures, state.best_metric, state.best_global_step, best)
+
+    expected, facts = result(tmp_path / "uninterrupted")
+    assert [step for step, _ in facts[0]].count(4) == 2 and facts[2] in (None, 8)
+    for step in (4, settings["max_steps"]):
+        directory = tmp_path / f"stopped-{step}"
+        _stop(directory, SystemExit, signal.SIGTERM, step=step, eval_dataset=data, **settings)
+        weights, found = result(directory)
+        assert found == facts
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_fractions_of_a_run_are_not_reported_as_changed_when_it_resumes(tmp_path, capfd):

@@ -240,6 +240,20 @@ def test_a_prompt_is_no_target_and_a_completion_that_does_not_fit_is_rejected(tm
     assert trainer.state.log_history[0]["answer_tokens"] <= 4 * len("yes") + 4
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_question_alone_that_is_not_drawn_is_skipped_only_in_its_epoch(tmp_path, caplog, is_stream):
+    rows = [tiny_run.conversation(number, turns=1) for number in range(8)]
+    for row in rows[1:]:
+        row["id"] += "-question"
+        del row["messages"][1]
+    dataset = Dataset.from_list(rows)
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    trainer = _trainer_with_dataset(tmp_path, dataset)
+    trainer.train()
+    skipped = [entry.message for entry in caplog.records if "is skipped as nothing_to_train" in entry.message]
+    assert bool(skipped) == is_stream and not trainer.rejected_records
+
+
 def test_only_map_style_datasets_have_lengths_and_several_datasets_can_be_evaluated(tmp_path):
     dataset = Dataset.from_list([tiny_run.conversation(i) for i in range(8)])
     collator = DataCollatorForSelfQuestioning(tiny_run.small_policy()[1])

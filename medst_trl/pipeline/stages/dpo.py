@@ -63,7 +63,11 @@ class DpoArguments(TrainingStageArguments):
             freezes it.
     """
 
-    best_by = ("loss",)
+    best_by = (
+        "loss", "entropy", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+        "rewards/rejected", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "logratios/chosen",
+        "logratios/rejected", "lengths/chosen", "lengths/rejected",
+    )  # fmt: skip
 
     train_vision: bool = True
 

@@ -56,7 +56,10 @@ class SftArguments(TrainingStageArguments):
             Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
     """
 
-    best_by = ("loss", "loss_answer", "loss_question", "answer_accuracy", "question_accuracy")
+    best_by = (
+        "loss", "loss_answer", "loss_question", "answer_accuracy", "question_accuracy", "mean_token_accuracy",
+        "entropy",
+    )  # fmt: skip
     checks_shape = True
 
     lora_dropout: float = 0.05

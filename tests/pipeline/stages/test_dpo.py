@@ -103,6 +103,18 @@ def test_pairs_of_ones_own_are_trained_on_beside_those_of_the_judge(inputs, tmp_
     assert "finished and unchanged" in capsys.readouterr().out
 
 
+def test_every_figure_of_an_evaluation_can_select_the_best_checkpoint(inputs, tmp_path):
+    run(
+        inputs, tmp_path / "dpo", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="rewards/accuracies",
+    )  # fmt: skip
+    state = json.loads((tmp_path / "dpo" / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["best_metric"] == max(entry["eval_rewards/accuracies"] for entry in evaluations)
+    figures = {name.removeprefix("eval_") for name in evaluations[0] if name.startswith("eval_")}
+    assert figures - {"runtime", "samples_per_second", "steps_per_second", "num_tokens"} == {*dpo.DpoArguments.best_by}
+
+
 def test_the_model_card_shows_how_to_load_a_vision_language_model(inputs, tmp_path):
     run(inputs, tmp_path / "dpo")
     card = (tmp_path / "dpo" / "README.md").read_text()

@@ -190,6 +190,9 @@ def test_only_the_best_checkpoints_are_saved_by_an_accuracy(inputs, tmp_path):
     state = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())
     assert state["best_metric"] == max(entry.get("eval_answer_accuracy", 0) for entry in state["log_history"])
     assert list((tmp_path / "sft").glob("checkpoint-*"))
+    figures = {key[5:] for entry in state["log_history"] for key in entry if key.startswith("eval_")}
+    figures -= {"runtime", "samples_per_second", "steps_per_second", "question_tokens", "answer_tokens", "num_tokens"}
+    assert figures == {*sft.SftArguments.best_by}  # each can be the metric
 
 
 def test_settings_that_trl_refuses_are_reported_without_a_traceback(inputs, tmp_path):
