@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, NoBadWordsLogitsProcessor, PreTrainedModel, SequenceBiasLogitsProcessor
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, located
 from medst_trl.base.processes import rank
 
 from .adapters import find_model_file
@@ -56,7 +56,7 @@ def read_generation_config(name_or_path: str, revision: str | None = None) -> Ge
     path = find_model_file(name_or_path, "generation_config.json", revision, local_files_only=False)
     if path is None:
         return None
-    with _naming_model(name_or_path):
+    with located(f"generation_config.json of {name_or_path!r}"), _usable("the file"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         config = _reduced(settings)
     unused = GenerationConfig().to_dict().keys() - {*USED_SETTINGS, *_SAMPLING[:4]}
@@ -86,7 +86,7 @@ def prepare_generation_config(
     Raises:
         UserError: if a setting that is used is invalid.
     """
-    with _naming_model(model.name_or_path):
+    with located(f"generation_config.json of {model.name_or_path!r}"), _usable("the file"):
         config = model.generation_config = _reduced(vars(model.generation_config))
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         config.eos_token_id = [token for token in dict.fromkeys([*ends, *stop_token_ids]) if token is not None]
@@ -95,10 +95,10 @@ def prepare_generation_config(
         config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
         ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.get_text_config().vocab_size)
         if config.bad_words_ids:
-            with _naming_setting("bad_words_ids"):
+            with _usable("bad_words_ids"):
                 NoBadWordsLogitsProcessor(config.bad_words_ids, torch.tensor(config.eos_token_id))(ids, scores)
         if config.sequence_bias:
-            with _naming_setting("sequence_bias"):
+            with _usable("sequence_bias"):
                 SequenceBiasLogitsProcessor(config.sequence_bias)(ids, scores)
 
 
@@ -108,12 +108,12 @@ def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
     kept = {name: value for name in names if (value := settings.get(name)) not in (None, [], "", [""])}
     for name in {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"} & kept.keys():
         is_list = name == "suppress_tokens" or (name != "pad_token_id" and isinstance(kept[name], list))
-        with _naming_setting(name):
+        with _usable(name):
             kept[name] = list(map(operator.index, kept[name])) if is_list else operator.index(kept[name])
     if kept.get("pad_token_id", 0) < 0:  # the original Llama's is -1
         del kept["pad_token_id"]
     if strings := kept.get("stop_strings"):
-        with _naming_setting("stop_strings"):
+        with _usable("stop_strings"):
             kept["stop_strings"] = [strings] if isinstance(strings, str) else list(filter("".__ne__, strings))
             "".join(kept["stop_strings"])
     neutral = GenerationConfig._get_default_generation_params()
@@ -126,21 +126,9 @@ def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
 
 
 @contextmanager
-def _naming_model(name: str) -> Iterator[None]:
-    """Name the model whose settings the libraries refuse."""
+def _usable(what: str) -> Iterator[None]:
+    """Name the setting, or the file, that the libraries refuse."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise UserError(
-            f"The generation_config.json of {name!r} cannot be used ({error}). Correct or remove the file, or the "
-            "setting that is wrong."
-        ) from error
-
-
-@contextmanager
-def _naming_setting(name: str) -> Iterator[None]:
-    """Name the setting that the libraries refuse."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{what} cannot be used ({error}). Correct or remove {what}.") from error

@@ -207,7 +207,7 @@ def usable_conversations(
             raise BadRecord("nothing_to_train")
         length, estimate = length_of(example)
         # Most conversations are far from the limit. The others are processed with blank images.
-        if max_length is None or 1.25 * estimate + 16 * len(conversation.messages) + 100 <= max_length:
+        if max_length is None or estimate + 16 * len(conversation.messages) + 100 <= max_length:
             return length, False
         blank = [Image.new("RGB", size) for size in conversation.images]
         batch = longest._collate([replace(conversation, images=blank)])

@@ -162,8 +162,8 @@ def length_counter(processor: ProcessorMixin) -> Callable[[dict[str, Any]], tupl
     Return a function that counts the tokens of a conversation approximately, at the cost of one tokenization.
 
     Its argument is an example with the sizes of its images in their place. It returns the number of tokens without
-    `<vusr>` tokens, which are drawn later, and an estimate of it with all image tokens. The first is that of the text
-    alone if the processor cannot count image tokens: enough to group by.
+    `<vusr>` tokens, which are drawn later, and a high estimate of it with all image tokens. The first is that of the
+    text alone if the processor cannot count image tokens: enough to group by.
     """
     count = getattr(processor, "_get_num_multimodal_tokens", None)
 
@@ -179,8 +179,8 @@ def length_counter(processor: ProcessorMixin) -> Callable[[dict[str, Any]], tupl
         conversation = as_conversation(example)
         text = render_conversation(processor, conversation.messages).text
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        estimate = length + sum(image_tokens(*size) for size in conversation.images)
-        return length if count is None else estimate, estimate
+        of_images = sum(image_tokens(*size) for size in conversation.images)
+        return length if count is None else length + of_images, int(1.25 * length) + of_images
 
     return length_of
 

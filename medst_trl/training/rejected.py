@@ -43,18 +43,20 @@ class UsableExamples:
     Args:
         dataset ([`~datasets.Dataset`]): Examples that can be trained on.
         rejected_records (`dict[str, str]`): The reason of each other example, by id (or index).
+        rejected (`Counter`): How many examples are rejected, by reason; repeated ones count each time.
         truncated (`int`): Number of examples in the dataset that are truncated at `max_length`.
         lengths (`list[int]`): Tokens of each example of the dataset, a pair's prompt counted once.
     """
 
     dataset: Any
     rejected_records: dict[str, str]
+    rejected: Counter[str]
     truncated: int
     lengths: list[int]
 
     def counts(self) -> dict[str, Any]:
         """How many examples are rejected, by reason, and how many truncated, for `stage.json`."""
-        return {"set_aside": dict(Counter(self.rejected_records.values())), "truncated": self.truncated}
+        return {"set_aside": dict(self.rejected), "truncated": self.truncated}
 
 
 def usable_examples(
@@ -79,7 +81,7 @@ def usable_examples(
     Raises:
         UserError: if none is left.
     """
-    lengths, reasons, problem, truncated, is_stream = {}, {}, None, 0, not has_length(dataset)
+    lengths, reasons, rejected, problem, truncated, is_stream = {}, {}, Counter(), None, 0, not has_length(dataset)
     rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream or rank() else None)
     for place, example in enumerate(rows):
         try:
@@ -87,16 +89,19 @@ def usable_examples(
             length, is_truncated = check(with_images(example, sizes))
         except (BadRecord, UnreadableImage) as error:
             reasons[str(example.get("id") or place)] = error.reason
+            rejected[error.reason] += 1
             problem = problem or getattr(error, "value", None)
             continue
+        except ValueError as error:  # of the processor
+            raise UserError(f"Record {example.get('id') or place!r} cannot be processed: {error}") from error
         lengths[place] = length
         truncated += is_truncated
         if is_stream:
-            return UsableExamples(dataset, {}, 0, [])
-    _report(name, len(lengths), Counter(reasons.values()), max_length, problem)
+            return UsableExamples(dataset, {}, rejected, 0, [])
+    _report(name, len(lengths), rejected, max_length, problem)
     if reasons:
         dataset = dataset.select(lengths) if hasattr(dataset, "select") else Subset(dataset, list(lengths))
-    return UsableExamples(dataset, reasons, truncated, list(lengths.values()))
+    return UsableExamples(dataset, reasons, rejected, truncated, list(lengths.values()))
 
 
 def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problem: str | None) -> None:

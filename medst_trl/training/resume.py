@@ -77,8 +77,7 @@ class StopSignals(TrainerCallback):
             if number == signal.SIGHUP:
                 _leave_terminal()
             elif rank() == 0:  # not by print, which the signal may have interrupted
-                again = b" Press Ctrl-C again to stop at once." if number == signal.SIGINT else b""
-                os.write(2, b"\nStopping with a checkpoint after this step." + again + b"\n")
+                os.write(2, b"\nStopping with a checkpoint after this step. Another Ctrl-C stops at once.\n")
         # Processes of a launcher receive a signal themselves and from the launcher.
         elif time.monotonic() - self.since > DUPLICATE_SECONDS or (number == signal.SIGINT and world_size() == 1):
             _stop(number)

@@ -75,8 +75,7 @@ def test_a_signal_saves_a_checkpoint_and_the_resumed_run_equals_an_uninterrupted
     assert error is KeyboardInterrupt or stopped.code == 128 + signal.SIGTERM
     printed = capfd.readouterr()
     assert f"Saved {tmp_path / 'checkpoint-5'}, after step 5 of 8." in printed.out
-    assert printed.err.count("Stopping with a checkpoint after this step.") == 1
-    assert printed.err.count("Press Ctrl-C again to stop at once.") == (number == signal.SIGINT)
+    assert printed.err.count("Stopping with a checkpoint after this step. Another Ctrl-C stops at once.") == 1
     trainer = tiny_run.train(tmp_path, **SETTINGS)
     assert "Resuming after step 5 of 8." in capfd.readouterr().out
     _, expected, losses = uninterrupted

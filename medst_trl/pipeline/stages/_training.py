@@ -57,6 +57,8 @@ _AT_LEAST = {
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 _BELOW = {"label_smoothing": 0.5}
 
+LOGGED = ("loss", "entropy", "mean_token_accuracy")  # figures of every evaluation by TRL
+
 
 @documented
 @dataclass
@@ -388,7 +390,7 @@ def save_result(trainer: "Trainer") -> None:
 def describe_run(trainer: "PolicyTrainer", examples: str, counts: dict[str, Any]) -> str:
     """Describe what a finished run trained on and what it rejected, from the counts for `stage.json`."""
     rejected = "".join(f", {count} rejected as {reason}" for reason, count in counts["set_aside"].items())
-    if of_evaluation := len(trainer.rejected_records) - sum(counts["set_aside"].values()):
+    if of_evaluation := sum(u.rejected.total() for name, u in trainer.usable.items() if name != "train"):
         rejected += f", {of_evaluation} for evaluation rejected"
     rejected += " (rejected.jsonl)" if rejected else ""
     truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""

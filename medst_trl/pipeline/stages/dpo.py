@@ -40,13 +40,15 @@ from medst_trl.base.settings import documented
 from medst_trl.training.losses import LOSSES, trl_losses
 from medst_trl.training.settings import MultimodalDPOSettings
 
-from ._training import TrainingStageArguments, describe_run, training_stage
+from ._training import LOGGED, TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
+_FIGURES = ("rewards", "logps", "logits", "logratios", "lengths")
+_OF_ANSWERS = [f"{figure}/{answer}" for figure in _FIGURES for answer in ("chosen", "rejected")]
 _LAST_PART = 0.2  # of the logged steps, averaged for statements about the end of training
 
 
@@ -63,11 +65,7 @@ class DpoArguments(TrainingStageArguments):
             freezes it.
     """
 
-    best_by = (
-        "loss", "entropy", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "rewards/chosen",
-        "rewards/rejected", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "logratios/chosen",
-        "logratios/rejected", "lengths/chosen", "lengths/rejected",
-    )  # fmt: skip
+    best_by = (*LOGGED, "rewards/accuracies", "rewards/margins", *_OF_ANSWERS)
 
     train_vision: bool = True
 

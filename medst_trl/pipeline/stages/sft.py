@@ -28,7 +28,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.settings import documented
 from medst_trl.training.settings import SelfQuestioningSettings
 
-from ._training import TrainingStageArguments, describe_run, training_stage
+from ._training import LOGGED, TrainingStageArguments, describe_run, training_stage
 
 
 if TYPE_CHECKING:
@@ -56,10 +56,7 @@ class SftArguments(TrainingStageArguments):
             Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
     """
 
-    best_by = (
-        "loss", "loss_answer", "loss_question", "answer_accuracy", "question_accuracy", "mean_token_accuracy",
-        "entropy",
-    )  # fmt: skip
+    best_by = (*LOGGED, "loss_answer", "loss_question", "answer_accuracy", "question_accuracy")
     checks_shape = True
 
     lora_dropout: float = 0.05
