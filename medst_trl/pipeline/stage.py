@@ -393,9 +393,7 @@ def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
     for stage in stages:
         for name in stage.after:
             if name not in names:
-                raise UserError(
-                    f"The stage {stage.name!r} comes after an unknown one, {name!r}.{closest(name, names)}"
-                )
+                raise UserError(f"Stage {stage.name!r} comes after an unknown one, {name!r}.{closest(name, names)}")
     while waiting:
         placed = [stage.name for stage in ordered]
         stage = next((stage for stage in waiting if set(stage.after) <= set(placed)), None)

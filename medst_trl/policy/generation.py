@@ -94,11 +94,10 @@ def prepare_generation_config(
             config.pad_token_id = pad_token_id
         config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
         ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.get_text_config().vocab_size)
-        if config.bad_words_ids:
-            with _usable("bad_words_ids"):
+        with _usable("bad_words_ids or sequence_bias"):
+            if config.bad_words_ids:
                 NoBadWordsLogitsProcessor(config.bad_words_ids, torch.tensor(config.eos_token_id))(ids, scores)
-        if config.sequence_bias:
-            with _usable("sequence_bias"):
+            if config.sequence_bias:
                 SequenceBiasLogitsProcessor(config.sequence_bias)(ids, scores)
 
 

@@ -222,9 +222,7 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
         `tuple[str, int]`: The text and the number of places changed.
     """
     bare = text.replace(LEFT, "").replace(RIGHT, "")
-    safe, changed = _control_pattern(processor).subn(
-        lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare
-    )
+    safe, changed = _control_pattern(processor).subn(lambda m: m[0][0] + ZERO_WIDTH_NON_JOINER + m[0][1:], bare)
     return safe, changed + len(text) - len(bare)
 
 

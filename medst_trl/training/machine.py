@@ -96,9 +96,7 @@ def _optimize(args: Any, device: torch.device | None) -> None:
     """Take a step on a layer of zeros, which draws no random numbers."""
     name = OptimizerNames(args.optim).value
     if "layerwise" in name or "lomo" in name:
-        raise ValueError(
-            "it updates weights in the backward pass, without learning rates by part. Choose another one."
-        )
+        raise ValueError("it updates weights in the backward pass, without learning rates by part. Choose another.")
     layer = torch.nn.utils.skip_init(torch.nn.Linear, 128, 64, device=device)
     try:
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, layer)

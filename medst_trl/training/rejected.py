@@ -81,27 +81,25 @@ def usable_examples(
     Raises:
         UserError: if none is left.
     """
-    lengths, reasons, rejected, problem, truncated, is_stream = {}, {}, Counter(), None, 0, not has_length(dataset)
+    lengths, reasons, problem, truncated, is_stream = {}, {}, None, 0, not has_length(dataset)
     rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream or rank() else None)
     for place, example in enumerate(rows):
         try:
             sizes = [check_image(image) for image in images_of(example)]
             length, is_truncated = check(with_images(example, sizes))
         except (BadRecord, UnreadableImage) as error:
-            reasons[str(example.get("id") or place)] = error.reason
-            rejected[error.reason] += 1
+            reasons[place] = str(example.get("id") or place), error.reason
             problem = problem or getattr(error, "value", None)
             continue
-        except ValueError as error:  # of the processor
-            raise UserError(f"Record {example.get('id') or place!r} cannot be processed: {error}") from error
         lengths[place] = length
         truncated += is_truncated
         if is_stream:
-            return UsableExamples(dataset, {}, rejected, 0, [])
+            return UsableExamples(dataset, {}, Counter(), 0, [])
+    rejected = Counter(reason for _, reason in reasons.values())
     _report(name, len(lengths), rejected, max_length, problem)
     if reasons:
         dataset = dataset.select(lengths) if hasattr(dataset, "select") else Subset(dataset, list(lengths))
-    return UsableExamples(dataset, reasons, rejected, truncated, list(lengths.values()))
+    return UsableExamples(dataset, dict(reasons.values()), rejected, truncated, list(lengths.values()))
 
 
 def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problem: str | None) -> None:

@@ -181,8 +181,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         }
         if args.should_save and self.rejected_records:
             os.makedirs(args.output_dir, exist_ok=True)
-            values = {"too_long": f"max_length={args.max_length}"}
-            reasons = self.rejected_records.items()
+            values, reasons = {"too_long": f"max_length={args.max_length}"}, self.rejected_records.items()
             rows = ({"id": name, "reason": reason, "value": values.get(reason, "")} for name, reason in reasons)
             write_jsonl(Path(args.output_dir, "rejected.jsonl"), rows)
         self.train_lengths = self.usable["train"].lengths

@@ -129,7 +129,7 @@ def test_a_config_that_transformers_refuses_is_reduced_to_what_is_used(directory
     ],
 )
 def test_a_used_setting_that_is_invalid_is_refused(directory, name, value):
-    with pytest.raises(UserError, match=f"generation_config.json of .*: {name} cannot be used .*or remove {name}"):
+    with pytest.raises(UserError, match=f"generation_config.json of .* cannot be used .*Correct or remove .*{name}"):
         load(directory, **{name: value})
 
 

@@ -87,6 +87,27 @@ def test_more_than_a_fifth_rejected_is_a_warning(collator, caplog, rejected, war
     assert ("3 of the 10 examples in the train dataset are rejected: 3 too_long" in caplog.text) == warns
 
 
+def test_repeated_records_count_each_time(collator):
+    rows = [conversation(number, LONG if number < 2 else SHORT) for number in (0, 0, 1, 2)]
+    usable = usable_conversations(Dataset.from_list(rows), collator)
+    assert usable.rejected_records == {"r0": "too_long", "r1": "too_long"} and len(usable.dataset) == 1
+    assert usable.counts()["set_aside"] == {"too_long": 3}
+
+
+def test_few_conversations_near_the_limit_are_processed_with_blank_images(monkeypatch):
+    rows = [tiny_run.conversation(number, turns=1) for number in range(4)]
+    blank, processor = [], prepared_processor("vicuna")
+    monkeypatch.setattr(DataCollatorForSelfQuestioning, "_collate", lambda self, found: blank.append(found) or {})
+    images = processor._get_num_multimodal_tokens(image_sizes=[(16, 16)])["num_image_tokens"][0]
+    length = max(usable_conversations(rows, DataCollatorForSelfQuestioning(processor)).lengths)
+    room = length - images  # text, by which the estimate may be wrong
+    limit = length + room // 4 + 133
+    usable_conversations(rows, DataCollatorForSelfQuestioning(processor, max_length=limit))
+    assert not blank
+    usable_conversations(rows, DataCollatorForSelfQuestioning(processor, max_length=length))
+    assert len(blank) == 4
+
+
 def answered(number: int, chosen: str, rejected: str) -> dict:
     row = tiny_dpo.pair(number)
     row["chosen"][0]["content"], row["rejected"][0]["content"] = tiny_run.text(chosen), tiny_run.text(rejected)

@@ -55,7 +55,6 @@ _AT_LEAST = {
     "label_smoothing": 0,
 }  # fmt: skip
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
-_BELOW = {"label_smoothing": 0.5}
 
 LOGGED = ("loss", "entropy", "mean_token_accuracy")  # figures of every evaluation by TRL
 
@@ -166,7 +165,7 @@ class TrainingStageArguments:
 
         given = vars(training_args) | vars(self)
         settings = SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given)
-        check_bounds(settings, at_least=_AT_LEAST, at_most=_AT_MOST, below=_BELOW)
+        check_bounds(settings, at_least=_AT_LEAST, at_most=_AT_MOST, below={"label_smoothing": 0.5})
         epochs = given.get("num_train_epochs", 1)
         if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
             raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")

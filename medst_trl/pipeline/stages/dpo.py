@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from medst_trl import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
-_FIGURES = ("rewards", "logps", "logits", "logratios", "lengths")
-_OF_ANSWERS = [f"{figure}/{answer}" for figure in _FIGURES for answer in ("chosen", "rejected")]
+_FIGURES = [f"{x}/{y}" for x in ("rewards", "logps", "logits", "logratios", "lengths") for y in ("chosen", "rejected")]
 _LAST_PART = 0.2  # of the logged steps, averaged for statements about the end of training
 
 
@@ -65,7 +64,7 @@ class DpoArguments(TrainingStageArguments):
             freezes it.
     """
 
-    best_by = (*LOGGED, "rewards/accuracies", "rewards/margins", *_OF_ANSWERS)
+    best_by = (*LOGGED, "rewards/accuracies", "rewards/margins", *_FIGURES)
 
     train_vision: bool = True
 
@@ -81,8 +80,7 @@ class DpoArguments(TrainingStageArguments):
         kinds = ("rewards/", "logps/", "logratios/", "lengths/", "eval_")
         means = end_of_log(trainer.state.log_history).items()
         metrics = {name: mean for name, mean in means if name in ("train_loss", "loss") or name.startswith(kinds)}
-        trained_on = describe_run(trainer, "preference pairs", counts)
-        return counts, metrics, f"Stage 2 is done: {trained_on}.{_outcome(metrics)}"
+        return counts, metrics, f"Stage 2 is done: {describe_run(trainer, 'preference pairs', counts)}.{_end(metrics)}"
 
 
 def end_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -109,7 +107,7 @@ def end_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return means
 
 
-def _outcome(metrics: dict[str, float]) -> str:
+def _end(metrics: dict[str, float]) -> str:
     """How training ended, in a sentence; empty if nothing was logged."""
     if "logratios/chosen" not in metrics:
         return ""
