@@ -89,7 +89,7 @@ def usable_examples(
             length, is_truncated = check(with_images(example, sizes))
         except (BadRecord, UnreadableImage) as error:
             reasons[place] = str(example.get("id") or place), error.reason
-            problem = problem or getattr(error, "value", None)
+            problem = problem or getattr(error, "value", str(error))  # names a missing file
             continue
         lengths[place] = length
         truncated += is_truncated

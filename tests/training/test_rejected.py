@@ -213,3 +213,9 @@ def test_rejected_examples_of_an_evaluation_set_are_listed(tmp_path):
     evaluation = [conversation(number, LONG if number == 1 else SHORT) for number in range(4)]
     trainer = trainer_of(tmp_path, Dataset.from_list(rows), {"late": Dataset.from_list(evaluation)})
     assert trainer.rejected_records == {"eval_late/r1": "too_long"} and len(trainer.eval_dataset["late"]) == 3
+
+
+def test_a_missing_image_is_named(collator):
+    rows = [conversation(0, SHORT) | {"images": [{"bytes": None, "path": "none/scan_7.png"}]}]
+    with pytest.raises(UserError, match=r"1 unreadable_image .*none/scan_7\.png"):
+        usable_conversations(rows, collator)
