@@ -69,7 +69,9 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
     try:
         return function(*arguments) or 0
     except UserError as error:
-        return _complain(str(error), 2)
+        # Without --stage, `medst run` would overwrite the results of every stage.
+        again = f"--stage {os.environ[RUN_VARIABLE]} --overwrite" if RUN_VARIABLE in os.environ else "--overwrite"
+        return _complain(str(error).replace("--overwrite", again), 2)
     except (KeyboardInterrupt, Interrupted) as stop:
         code = stop.code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
         return code if rank() else _complain(f"interrupted.{_how_to_resume(function, *arguments)}", code)

@@ -358,11 +358,9 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
 
 def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
     if changes := [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]:
-        label = os.environ.get(RUN_VARIABLE)  # without --stage, `medst run` would overwrite the results of every stage
-        again = f"--stage {label} --overwrite" if label else "--overwrite"
         raise UserError(
             f"{directory} was made with other settings:\n  " + "\n  ".join(changes) + "\nRestore the old ones, choose "
-            f"another output_dir, or start again with {again} (deletes the contents of {directory})."
+            f"another output_dir, or start again with --overwrite (deletes the contents of {directory})."
         )
 
 

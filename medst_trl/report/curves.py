@@ -75,7 +75,8 @@ def displacement(log: Log) -> str | None:
         return None
     if chosen >= -threshold:
         likely = "no less likely than" if chosen >= 0 else "about as likely as"
-        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} {unit})."
+        note = "" if chosen or rejected or margin else " The policy has not changed (is the warm-up too long?)."
+        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} {unit}).{note}"
     reason = ""
     if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
         reason = (

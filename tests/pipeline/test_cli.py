@@ -517,6 +517,18 @@ def test_an_interrupted_command_ends_with_the_command_that_resumes_it(monkeypatc
     assert main(argv) == 130 and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("label", [None, "round_2/judge"])
+def test_in_a_recipe_a_message_about_overwrite_names_the_stage(label, monkeypatch, capsys):
+    def refuse(stage, argv):
+        raise UserError("No pair is left. Add --overwrite.")
+
+    monkeypatch.setattr("medst_trl.cli._stage", refuse)
+    if label:
+        monkeypatch.setenv("MEDST_RUN", label)
+    assert main(["judge"]) == 2
+    assert f"Add {f'--stage {label} ' if label else ''}--overwrite." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

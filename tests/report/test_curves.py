@@ -37,6 +37,11 @@ def test_chosen_answers_more_likely_than_under_the_reference_are_reported():
     assert "no less likely than under the reference (+0.200 nats)" in displacement(log(0.2, -1.0, 0.12))
 
 
+def test_a_policy_that_has_not_changed_is_reported():
+    assert "The policy has not changed" in displacement(log(0.0, 0.0, 0.0))
+    assert "The policy has not changed" not in displacement(log(0.0, -0.1, 0.01))
+
+
 def test_a_log_with_rewards_only_is_in_units_of_beta():
     assert "0.040 nats × beta" in displacement(log(-0.04, -0.3, 0.26, kind="rewards"))
     assert "about as likely as" in displacement(log(-0.004, -0.3, 0.29, kind="rewards"))

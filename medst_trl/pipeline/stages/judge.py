@@ -310,9 +310,9 @@ def _print_summary(record: StageRecord) -> None:
     for split, number in numbers.items():
         is_undivided = not number and any(numbers.values()) and record.content["settings"].get("validation_share")
         note = " (empty: too much belongs together, or the share is too small)" if is_undivided else ""
-        print(f"  {f'preferences, {split}':28}{number:>20,}{note}")
+        print(f"  {f'preferences, {split}':42}{number:>20,}{note}")
     if reason := counts["preferences"].get("groups_not_compared"):
-        print(f"judge: WARNING: pairs about groups of the benchmarks may be left: {reason}.")
+        print(f"judge: WARNING: pairs (the training data) about groups of the benchmarks may be left: {reason}.")
     for line in warnings_of(counts["judge"]):
         print(f"judge: WARNING: {line}")
 

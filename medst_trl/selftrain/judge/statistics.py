@@ -159,7 +159,7 @@ def format_statistics(statistics: Mapping[str, Any], left_out: Mapping[str, int]
     ]
     if usage["all"]["cost"] is not None:
         rows.append(("cost (this run)", f"${usage['all']['cost']:.4f} (${usage['this_run']['cost']:.4f})"))
-    return "\n".join(f"  {name:28}{value:>20}" for name, value in rows)
+    return "\n".join(f"  {name:42}{value:>20}" for name, value in rows)
 
 
 def _percent(share: float | None) -> str:
