@@ -281,7 +281,7 @@ def hold_out(
                 shared[relation].add((*ids, value))
             if relation in _REMOVED_FOR[disjoint]:
                 involved = (*record.images, names.get(value, value))
-                removed.append(Rejected(record.id, f"{relation}_in_{held}", ", ".join(dict.fromkeys(involved))))
+                removed.append(Rejected(record.id, f"{relation}_in_{held}", ", ".join(involved)))
             else:
                 kept.append(record)
         by_split[other] = kept

@@ -124,7 +124,7 @@ class Question:
         image, *more = cells.image_cell(row.get("image"))
         question = cells.text_value(row.get("question"), missing="no_question")
         answer, split = cells.answer_text(row.get("answer")), cells.read_split(row.get("split"))
-        if not answer.strip("-–—./?_"):
+        if not answer.strip(" -–—./?_"):
             raise BadRecord("no_answer", answer)
         answer_type = cells.read_answer_type(row.get("answer_type"), answer)
         question_type, link = (cells.optional_text(row.get(name)) for name in ("question_type", "link"))

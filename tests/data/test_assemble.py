@@ -160,12 +160,6 @@ def made(tmp_path):
     return run
 
 
-def test_an_image_is_named_once_in_a_rejected_record(made):
-    records = [question("a", "x", "test"), question("b", "x", "train")]
-    _, rejected, _ = made(records, disjoint="image")
-    assert rejected == [Rejected("b", "image_in_test", "x")]
-
-
 def chain(count: int) -> dict[str, int]:
     """Return hashes of which each differs from the next by 4 bits, as those of the slices of a volume."""
     return {f"slice{number:02}": (1 << 4 * number) - 1 for number in range(count)}

@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tables import write_table
 
@@ -452,6 +452,7 @@ def test_numbers_and_booleans_are_answers(value):
     expected = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value).strip()
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         expected = str(int(value))
+    assume(expected.strip(" -–—./?_"))
     question = Question.from_row("q", {"image": "a.png", "question": "What?", "answer": value})
     assert question.answer == expected
     assert question.answer_type == ("closed" if expected.lower() in ("yes", "no") else "open")
