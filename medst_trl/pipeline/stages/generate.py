@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.errors import UserError
+from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import fill_rows, read_jsonl, write_jsonl
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
@@ -194,7 +194,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
         log.unlink(missing_ok=True)
         print(
             f"generate: {counts['candidates']:,} candidates with {counts['answers']:,} answers, from "
-            f"{counts['questions']:,} questions about {counts['images']:,} images, are in "
+            f"{counts['questions']:,} questions about {number_of(format(counts['images'], ','), 'image')}, are in "
             f"{record.output_dir / 'candidates'}."
         )
         if counts["rejected"]:
@@ -300,7 +300,7 @@ def _write_candidates(
     if not candidates:
         advice = _ADVICE.get(next(iter(counts["rejected"]), ""), "Read the rejected texts there.")
         raise UserError(
-            f"All of {counts['questions']} questions about {counts['images']} images were rejected: "
+            f"All of {counts['questions']} questions about {number_of(counts['images'], 'image')} were rejected: "
             f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite."
         )
     directory = Path(args.output_dir, "candidates")
