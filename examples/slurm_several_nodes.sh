@@ -41,7 +41,8 @@ export TOKENIZERS_PARALLELISM=false
 
 GPUS=${MEDST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 CONFIG=${MEDST_ACCELERATE_CONFIG:-$(python -c 'import medst_trl.pipeline.launch as l; print(l.find_config("zero2"))')}
-MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# `head -n 1` would close the pipe early, which `pipefail` reports as a failure.
+MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / GPUS))}
 
