@@ -12,8 +12,9 @@ from pathlib import Path
 
 from transformers import Gemma3Config, LlavaConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
-from medst_trl.pipeline.plan.policies import policy_of, trained_parameters
+from medst_trl.pipeline.plan.policies import policy_of
 from medst_trl.pipeline.recipe import Step
+from medst_trl.policy.families import trained_parameters
 
 
 def _llava() -> LlavaConfig:
@@ -127,6 +128,6 @@ def config_directory(name: str, directory: Path) -> Path:
 def trainable_parameters(step: Step, steps: Sequence[Step] = ()) -> dict[str, int]:
     """Return the number of parameters by part that a plan shows for a training step."""
     counts = Counter()
-    for (part, _), count in trained_parameters(policy_of(step, steps)).items():
+    for (part, _), count in trained_parameters(policy_of(step, steps).model).items():
         counts[part] += count
     return dict(counts)

@@ -18,6 +18,7 @@ the vision tower (Qwen).
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,23 @@ class ModelParts:
         if any(name.startswith(f"{projector}.") for projector in self.projectors):
             return "projector"
         return "vision" if name.startswith(f"{self.vision_tower}.") else "language"
+
+
+def trained_parameters(model: "PreTrainedModel | PeftModel") -> dict[tuple[str, str], int]:
+    """
+    Count the parameters of a model that are trained.
+
+    Returns:
+        `dict[tuple[str, str], int]`: Their number by part (`"language"`, `"vision"`, `"projector"`) and by how they
+        train (`"LoRA r 128"`, `"in full"`, `"row of <vusr>"`), in the order of the parts, the largest number first.
+    """
+    parts, counts = model_parts(model), Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            how = f"LoRA r {min(parameter.shape)}" if ".lora_A." in name or ".lora_B." in name else "in full"
+            counts[parts.part_of(name), "row of <vusr>" if "trainable_tokens" in name else how] += parameter.numel()
+    order = ["language", "vision", "projector"]
+    return dict(sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1])))
 
 
 def base_of(model: "nn.Module") -> "PreTrainedModel":

@@ -24,7 +24,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
-from medst_trl.policy.families import ModelParts, base_of, model_parts
+from medst_trl.policy.families import ModelParts, base_of, model_parts, trained_parameters
 from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
@@ -224,10 +224,9 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trained parameters of each part."""
-        parts, counts = self.model_parts(), Counter()
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if parameter.requires_grad:
-                counts[parts.part_of(name)] += parameter.numel()
+        counts = Counter()
+        for (part, _), count in trained_parameters(self.accelerator.unwrap_model(self.model)).items():
+            counts[part] += count
         return dict(counts)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

@@ -23,10 +23,11 @@ from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.record import changes_of
 from medst_trl.pipeline.stage import FILE, RUN
+from medst_trl.policy.families import trained_parameters
 from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
-from .policies import NotKnownYet, Policy, model_at, policy_of, trained_parameters
+from .policies import NotKnownYet, Policy, model_at, policy_of
 from .steps import Hardware, RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
 from .validate import check_inputs, check_processor
 
@@ -212,7 +213,7 @@ class _Plan:
 def _policy(step: Step, policy: Policy, arguments: tuple[Any, ...]) -> Iterator[_Row]:
     """The model and what of it trains."""
     args, training = arguments
-    trained = trained_parameters(policy)
+    trained = trained_parameters(policy.model)
     if not trained:
         raise UserError(f"{step.where}: no parameter would train. Change the settings that freeze the model.")
     total = sum(trained.values())

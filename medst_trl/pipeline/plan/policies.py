@@ -7,7 +7,6 @@ The model is built from its configuration alone on torch's meta device, where te
 gets the adapter that the stage would give it. A 7B model takes a second and no memory.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from medst_trl.pipeline.stage import MODEL, Output
 from medst_trl.pipeline.stages._training import new_adapter
 from medst_trl.policy.adapters import freeze_vision, read_adapter_config
 from medst_trl.policy.chat_template import VUSR, saved_role
-from medst_trl.policy.families import add_embedding_row, base_of, model_parts, on_meta
+from medst_trl.policy.families import add_embedding_row, base_of, on_meta
 from medst_trl.policy.loading import read_model_config
 
 from .steps import maker_of, stage_arguments
@@ -64,20 +63,6 @@ class Policy:
     @property
     def is_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
-
-
-def trained_parameters(policy: Policy) -> dict[tuple[str, str], int]:
-    """
-    Count the parameters that train, as the trainer does: by part of the model, and by how they train (`"LoRA r 128"`,
-    `"in full"`, `"row of <vusr>"`).
-    """
-    parts, counts = model_parts(policy.model), Counter()
-    for name, parameter in policy.model.named_parameters():
-        if parameter.requires_grad:
-            how = f"LoRA r {min(parameter.shape)}" if ".lora_A." in name or ".lora_B." in name else "in full"
-            counts[parts.part_of(name), "row of <vusr>" if "trainable_tokens" in name else how] += parameter.numel()
-    order = ["language", "vision", "projector"]
-    return dict(sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1])))
 
 
 # The policy of a step
