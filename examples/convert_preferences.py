@@ -12,10 +12,21 @@ python examples/convert_preferences.py --back runs/mmedpo/preferences pairs.json
 """
 
 import argparse
+import json
+from pathlib import Path
+
+from datasets import Dataset
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import atomic_path, write_text
+from medst_trl.base.settings import check_choice
+from medst_trl.data.conform import conform
+from medst_trl.data.identify import with_image_ids
+from medst_trl.data.images import publishable
 from medst_trl.data.loading import load_records
-from medst_trl.interop.preference_files import read_preference_file, write_preference_file, write_preferences
+from medst_trl.data.schema import with_stored_images
+from medst_trl.data.sources.llava import PLACEHOLDER
+from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
 
 
@@ -37,6 +48,60 @@ def back(directory: str, path: str, image_folder: str, format: str = "stllava_me
     dataset = load_records(directory, "train")
     write_preference_file(dataset, path, image_folder, format)
     print(f"{path}: {len(dataset)} pairs, with images in {image_folder}")
+
+
+def write_preference_file(
+    dataset: Dataset, path: str | Path, image_folder: str | Path, format: str = "stllava_med"
+) -> None:
+    """
+    Write preference pairs for other projects' code: a JSON array, and a directory of images named by `image_id`.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Preference columns, see [`load_records`].
+        path (`str` or `Path`):
+            The file to write.
+        image_folder (`str` or `Path`):
+            Directory for the images, byte for byte, as `<image_id>.png` or `.jpg`. The records use these names.
+        format (`str`, *optional*, defaults to `"stllava_med"`):
+            `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is that of the file read, 1.0 without one.
+    """
+    check_choice("format", format, FORMATS)
+    dataset = with_image_ids(conform(dataset, "preferences"))
+    path, image_folder = Path(path), Path(image_folder)
+    image_folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [_record(row, image_folder, format) for row in with_stored_images(dataset)]
+    write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+
+
+def _record(row: dict, image_folder: Path, format: str) -> dict:
+    """Return one record, and write its images."""
+    images = [_write_image(*item, image_folder) for item in zip(row["images"], row["image_ids"], strict=True)]
+    record = {"id": row["id"], "image": images[0] if len(images) == 1 else images}
+    for key, answer in zip(FORMATS[format], ("chosen", "rejected"), strict=True):
+        record[key] = [_turn(message) for message in [*row["prompt"], *row[answer]]]
+    if format == "mmedpo":
+        record["weighted_score"] = json.loads(row["judge"] or "{}").get("weighted_score", 1.0)
+    return record
+
+
+def _write_image(image: dict, image_id: str, folder: Path) -> str:
+    content = publishable(image)["bytes"]
+    path = folder / (image_id + (".jpg" if content.startswith(b"\xff\xd8") else ".png"))
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return path.name
+
+
+def _turn(message: dict) -> dict:
+    # A placeholder in a text would count as another image.
+    parts = [
+        PLACEHOLDER if part["type"] == "image" else part["text"].replace(PLACEHOLDER, "image")
+        for part in message["content"]
+    ]
+    return {"from": "human" if message["role"] == "user" else "gpt", "value": "\n".join(parts)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Prediction files: formats, reading, writing, and scores with every metric and control.
+Prediction files: formats, reading, and scores with every metric and control.
 
 Our own format is JSON lines, one question per line (see [`medst_trl.data.schema`]). Other projects' formats register
 themselves in `PREDICTION_FORMATS`.
@@ -9,31 +9,36 @@ themselves in `PREDICTION_FORMATS`.
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
 from medst_trl.base.registry import Registry
 from medst_trl.base.settings import settings_among
 from medst_trl.data.cells import BadRecord, printable
-from medst_trl.data.reading import read_json_records, read_text_file
+from medst_trl.data.reading import read_json_records
 from medst_trl.data.source import Rejected
 
 from .metric import METRICS, describe_figures
-from .scoring import compare_vqa, naming, read_answer, score_vqa
+from .questions import Benchmark, join_questions, read_questions
+from .scoring import compare_vqa, read_answer, score_vqa
 
 
 OWN_FORMAT = "medst"
 PREDICTIONS_FILE = "predictions.jsonl"
 
-ReadRow = tuple[str, dict[str, Any] | Rejected]
-"""The name of a row in a file, for messages, and its record or the reason why there is none."""
-Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
-"""A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
+_REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object", "bad_quotes": "unclosed quotes"}
+_NO_ANSWERS = (
+    "It holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or LLaVA-Med's file of "
+    "questions (.json)."
+)
+
+
+def _read_json(path: Path, needs: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+    return read_json_records(path, needs[0])
 
 
 @dataclass(frozen=True)
@@ -48,27 +53,31 @@ class PredictionFormat:
             One line on whose files these are.
         expected (`str`):
             What such a file holds. Ends the message about a file that holds something else.
+        needs (`tuple[str]`):
+            Keys that each row must have a value for.
         guess (`Callable`):
             Takes the path and the first JSON record (empty if there is none). Returns whether this is the file's
             format.
-        read (`Callable`):
-            Takes the path, a [`Benchmark`] that has the right answers (or None) and its split. Returns [`ReadRow`]s.
-        write (`Callable`):
-            Takes checked records and the path. Writes the file, atomically.
+        record (`Callable`, *optional*):
+            Takes a row and its number from 0, and returns a prediction as in our own format. Raises a [`BadRecord`]
+            for a row that cannot be used. Returns the row by default.
+        rows (`Callable`, *optional*):
+            Takes the path and `needs`, and returns numbers and rows of the file. Reads JSON by default.
     """
 
     name: str
     summary: str
     expected: str
+    needs: tuple[str, ...]
     guess: Callable[[Path, Mapping[str, Any]], bool]
-    read: Callable[[Path, Benchmark | None, str], Iterable[ReadRow]]
-    write: Callable[[list[dict[str, Any]], Path], None]
+    record: Callable[[dict[str, Any], int], dict[str, Any]] = lambda row, number: row
+    rows: Callable[[Path, Sequence[str]], Iterable[tuple[int, dict[str, Any] | Rejected]]] = _read_json
 
 
 PREDICTION_FORMATS: Registry[PredictionFormat] = Registry(
     "predictions format",
     modules=("medst_trl.interop.predictions",),
-    parts=("summary", "expected", "guess", "read", "write"),
+    parts=("summary", "expected", "needs", "guess"),
     order=lambda formats: sorted(formats, key=lambda format: (format.name != OWN_FORMAT, format.name)),
 )
 
@@ -111,113 +120,51 @@ def read_predictions(
     >>> score_vqa(records, "llava_med")["closed"]["accuracy"]
     ```
     """
-    found = PREDICTION_FORMATS.get(format or guess_format(path))
-    records, rejected, seen = [], [], set()
-    for name, record in found.read(Path(path), benchmark, split):
-        key = name
+    found, path = PREDICTION_FORMATS.get(format or guess_format(path)), Path(path)
+    rows = [(f"row {number + 1}", _record(found, row, number)) for number, row in found.rows(path, found.needs)]
+    if benchmark is not None:
+        rows = join_questions(rows, read_questions(benchmark, split), path)
+    records, rejected = {}, []
+    for name, row in rows:
         try:
-            if isinstance(record, Rejected):
-                raise BadRecord(record.reason, record.value)
-            if not isinstance(record, dict):
-                raise BadRecord("not a JSON object", record)
-            key = record.get("id", name)
-            if not isinstance(key, str | int):
-                raise BadRecord("id is not a text", key)
-            read_answer(record)
-            if record.get("id") in seen:
-                raise BadRecord("repeated id", record["id"])
+            if isinstance(row, BadRecord):
+                raise row
+            name = row.get("id", name)
+            read_answer(row)
+            if name in records:
+                raise BadRecord("repeated id", name)
+            records[name] = row
         except BadRecord as error:
-            rejected.append(Rejected(str(key), error.reason, error.value).as_row())
-        else:
-            records.append(record)
-            seen.add(key)
+            rejected.append(Rejected(str(name), error.reason, error.value).as_row())
     if not records:
         first = rejected[0] if rejected else {"id": "the file", "reason": "empty"}
-        problem = f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']})."
-        raise UserError(f"{problem} {found.expected}")
-    return records, rejected
+        advice = _NO_ANSWERS if any(row["reason"] == "no answer" for row in rejected) else found.expected
+        raise UserError(f"{path} holds no prediction that can be scored ({first['id']}: {first['reason']}). {advice}")
+    return list(records.values()), rejected
 
 
-def export_predictions(records: Iterable[Mapping[str, Any]], path: str | os.PathLike, format: str) -> None:
-    """
-    Write predictions in one of `PREDICTION_FORMATS`, atomically.
-
-    Keys that a format does not have go into fields that its own tools ignore, so that [`read_predictions`] returns the
-    same records: id, image_id, question, answer, answer_type, question_type, prediction and group_id.
-
-    Args:
-        records (iterable of `dict`):
-            Predictions, see [`medst_trl.data.schema`]. Those without an `id` are numbered.
-        path (`str` or `os.PathLike`):
-            The file. For `vlmevalkit` its suffix decides between `.tsv`, `.csv` and `.json`.
-        format (`str`):
-            A name in `PREDICTION_FORMATS`.
-
-    Raises:
-        UserError: if a record cannot be scored, two have one id, or the format is unknown or cannot be written.
-    """
-    found = PREDICTION_FORMATS.get(format)
-    rows: dict[str, dict[str, Any]] = {}
-    for position, record in enumerate(records):
-        record = {**record, "id": str(position if record.get("id") is None else record["id"])}
-        with naming(record, position):
-            read_answer(record)
-            check_unicode(record)
-        if record["id"] in rows:
-            raise UserError(f"Two predictions have the id {record['id']!r}. Give each question its own.")
-        rows[record["id"]] = record
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.write(list(rows.values()), path)
+def _record(format: PredictionFormat, row: dict[str, Any] | Rejected, number: int) -> dict[str, Any] | BadRecord:
+    """Return the record of a row, or the reason why there is none."""
+    if isinstance(row, Rejected):
+        return BadRecord(_REASONS.get(row.reason, row.value), row.value)
+    row = {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
+    try:
+        if missing := [key for key in format.needs if row.get(key) is None]:
+            raise BadRecord(f"no {missing[0]}", row)
+        record = format.record(row, number)
+        if not isinstance(record.get("id", ""), str | int):
+            raise BadRecord("id is not a text", record["id"])
+        check_unicode(record)
+    except BadRecord as error:
+        return error
+    return record
 
 
 def check_unicode(record: dict[str, Any]) -> None:
     """Raise a [`BadRecord`] if UTF-8 cannot hold its texts (lone surrogates, from bytes in another encoding)."""
     text = json.dumps(record, ensure_ascii=False, default=str)
     if printable(text) != text:
-        raise BadRecord("characters that are no Unicode", text)
-
-
-def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
-    """
-    Read all questions of a benchmark, in its order.
-
-    Returns:
-        `list[dict]`: id, image_id, group_id, question, answer, answer_type, question_type.
-
-    Raises:
-        UserError: if the benchmark does not exist, or the file holds something else.
-    """
-    if not isinstance(benchmark, str | os.PathLike):
-        return [dict(question) for question in benchmark]
-    if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
-        records = read_json_records(Path(benchmark), "id")
-        return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
-    from medst_trl.data.loading import load_records
-
-    from .vqa import questions_of
-
-    return questions_of(load_records(benchmark, split, "benchmark"))
-
-
-def _question(record: Any, name: str) -> dict[str, Any]:
-    try:
-        # Some of LLaVA-Med's files spell the key this way.
-        turns = record["conversations"] if "conversations" in record else record["conversatons"]
-        return {
-            "id": str(record["id"]),
-            "image_id": str(record["image"]) if record.get("image") else None,
-            "group_id": None,
-            "question": turns[0]["value"].replace("<image>", "").strip(),
-            "answer": turns[1]["value"],
-            "answer_type": record["answer_type"].strip().lower(),
-            "question_type": None,
-        }
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(
-            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
-            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
-        ) from None
+        raise BadRecord("invalid Unicode", text)
 
 
 def guess_format(path: str | os.PathLike) -> str:
@@ -229,28 +176,13 @@ def guess_format(path: str | os.PathLike) -> str:
     return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)
 
 
-def _read_own(path: Path, benchmark: Benchmark | None = None, split: str = "test") -> Iterator[ReadRow]:
-    if benchmark is not None:
-        raise UserError(f"{path} holds its right answers. Leave the benchmark out, or name another format.")
-    for number, line in enumerate(read_text_file(path, "predictions").split("\n"), start=1):
-        if not line.strip():
-            continue
-        name = f"line {number}"
-        try:
-            line.encode()  # fails for lone surrogates, from bytes in another encoding
-            yield name, json.loads(line)
-        except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
-            yield name, Rejected(name, "not JSON", line)
-
-
 PREDICTION_FORMATS.register(
     PredictionFormat(
         name=OWN_FORMAT,
         summary="ours, JSON lines",
         expected="A predictions file is JSON lines: one object per line with answer, answer_type and prediction.",
+        needs=("prediction",),
         guess=lambda path, first: False,  # the default
-        read=_read_own,
-        write=lambda records, path: write_jsonl(path, records),
     )
 )
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Read and write preference pairs in other projects' JSON files.
+Read preference pairs from other projects' JSON files.
 
 A record has two whole conversations in LLaVA's format, which differ in the last answer:
 - `stllava_med`: `chosen_conversations` and `reject_conversations`, as in the original code of STLLaVA-Med;
@@ -15,21 +15,16 @@ from functools import cache
 from math import isfinite
 from pathlib import Path
 
-from datasets import Dataset
-
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, write_jsonl, write_text
-from medst_trl.base.settings import check_choice
+from medst_trl.base.files import write_jsonl
 from medst_trl.data.cells import BadRecord, published_id
-from medst_trl.data.conform import conform
-from medst_trl.data.identify import with_image_ids
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
-from medst_trl.data.images import FolderImages, publishable
+from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_rows
-from medst_trl.data.schema import features_of, text_of, with_stored_images, write_split
+from medst_trl.data.schema import features_of, text_of, write_split
 from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
-from medst_trl.data.sources.llava import PLACEHOLDER, image_names, llava_messages
+from medst_trl.data.sources.llava import image_names, llava_messages
 from medst_trl.selftrain.preferences import Preferences
 
 
@@ -176,57 +171,3 @@ def write_preferences(folder: str | os.PathLike, preferences: Preferences, file:
 
     for split in ("train", "validation"):
         write_split(folder, split, getattr(preferences, split), row, features_of("preferences"), ROWS_PER_SHARD)
-
-
-def write_preference_file(
-    dataset: Dataset, path: str | os.PathLike, image_folder: str | os.PathLike, format: str = "stllava_med"
-) -> None:
-    """
-    Write preference pairs for other projects' code: a JSON array, and a directory of images named by `image_id`.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Preference columns, see [`load_records`].
-        path (`str` or `os.PathLike`):
-            The file to write.
-        image_folder (`str` or `os.PathLike`):
-            Directory for the images, byte for byte, as `<image_id>.png` or `.jpg`. The records use these names.
-        format (`str`, *optional*, defaults to `"stllava_med"`):
-            `"stllava_med"` or `"mmedpo"`. The latter's `weighted_score` is that of the file read, 1.0 without one.
-    """
-    check_choice("format", format, FORMATS)
-    dataset = with_image_ids(conform(dataset, "preferences"))
-    path, image_folder = Path(path), Path(image_folder)
-    image_folder.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records = [_record(row, image_folder, format) for row in with_stored_images(dataset)]
-    write_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
-
-
-def _record(row: dict, image_folder: Path, format: str) -> dict:
-    """Return one record, and write its images."""
-    images = [_write_image(*item, image_folder) for item in zip(row["images"], row["image_ids"], strict=True)]
-    record = {"id": row["id"], "image": images[0] if len(images) == 1 else images}
-    for key, answer in zip(FORMATS[format], ("chosen", "rejected"), strict=True):
-        record[key] = [_turn(message) for message in [*row["prompt"], *row[answer]]]
-    if format == "mmedpo":
-        record["weighted_score"] = json.loads(row["judge"] or "{}").get("weighted_score", 1.0)
-    return record
-
-
-def _write_image(image: dict, image_id: str, folder: Path) -> str:
-    content = publishable(image)["bytes"]
-    path = folder / (image_id + (".jpg" if content.startswith(b"\xff\xd8") else ".png"))
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    return path.name
-
-
-def _turn(message: dict) -> dict:
-    # A placeholder in a text would count as another image.
-    parts = [
-        PLACEHOLDER if part["type"] == "image" else part["text"].replace(PLACEHOLDER, "image")
-        for part in message["content"]
-    ]
-    return {"from": "human" if message["role"] == "user" else "gpt", "value": "\n".join(parts)}

@@ -26,14 +26,15 @@ def test_malformed_lines_are_rejected(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\n\xff\xfe\n")
     records, rejected = read_predictions(path)
-    assert [row["id"] for row in records] == ["a", "e"]
+    assert [row["id"] for row in records] == ["a"]
     assert [(row["id"], row["reason"]) for row in rejected] == [
-        ("line 2", "not JSON"),
-        ("line 4", "not a JSON object"),
-        ("c", "no prediction"),
+        ("row 2", "not JSON"),
+        ("row 3", "not a JSON object"),
+        ("row 4", "no prediction"),
         ("d", "unknown answer_type"),
         ("a", "repeated id"),
-        ("line 9", "not JSON"),
+        ("row 7", "invalid Unicode"),
+        ("row 8", "not JSON"),
     ]
     json.dumps(rejected).encode()
 
@@ -51,10 +52,10 @@ PLUGIN = """
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
 
 
-def read(path, benchmark, split):
+def rows(path, needs):
     for number, line in enumerate(path.read_text().splitlines()):
         answer, prediction = line.split("|")
-        yield f"row {number}", {"id": str(number), "answer": answer, "answer_type": "open", "prediction": prediction}
+        yield number, {"answer": answer, "prediction": prediction}
 
 
 PREDICTION_FORMATS.register(
@@ -62,9 +63,10 @@ PREDICTION_FORMATS.register(
         name="bars",
         summary="answer and prediction between bars",
         expected="Each line has an answer, a bar and a prediction.",
+        needs=("answer", "prediction"),
         guess=lambda path, first: path.suffix == ".bars",
-        read=read,
-        write=lambda records, path: None,
+        record=lambda row, number: row | {"id": str(number), "answer_type": "open"},
+        rows=rows,
     )
 )
 """

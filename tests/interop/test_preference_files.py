@@ -1,8 +1,10 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Test how preference files of other projects are read, rejected and written."""
+"""Test how preference files of other projects are read and rejected, and how the example writes them."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,8 +14,12 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.conform import conform
 from medst_trl.data.images import FolderImages, image_id
 from medst_trl.data.loading import load_records
-from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preference_file, write_preferences
+from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preferences
 from medst_trl.selftrain.preferences import select_preferences
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_preferences.py"
+write_preference_file = runpy.run_path(str(EXAMPLE))["write_preference_file"]
 
 
 def small_image(seed: int) -> Image.Image:

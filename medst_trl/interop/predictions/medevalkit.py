@@ -9,15 +9,11 @@ It names neither questions nor images. As in MedEvalKit, the prediction is the c
 """
 
 import re
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from medst_trl.base.files import write_json
 from medst_trl.data.cells import BadRecord
 from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
-
-from .questions import GOLD, NOT_ENGLISH, answer_type, read_with_answers
+from medst_trl.evaluation.questions import GOLD, NOT_ENGLISH, answer_type
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -33,23 +29,6 @@ def final_answer(response: str) -> str:
             return response[start + len("\\boxed{") : place]
     found = _ANSWER.findall(response)
     return " ".join(text.strip() for text in found) if found else response
-
-
-def _write(records: list[dict[str, Any]], path: Path) -> None:
-    """Write a `results.json` whose records also carry `id`, `image_id`, `question_type` and `group_id`."""
-    rows = [
-        {
-            "lang": "en",
-            "answer_type": str(record["answer_type"]).strip().upper(),
-            "answer": str(record["answer"]),
-            "question": record.get("question") or "",
-            "response": str(record.get("response", record["prediction"])),
-            **{key: record.get(key) for key in ("id", "image_id", "question_type", "group_id")},
-            "prediction": str(record["prediction"]),
-        }
-        for record in records
-    ]
-    write_json(path, rows)
 
 
 def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -73,8 +52,8 @@ PREDICTION_FORMATS.register(
         name="medevalkit",
         summary="results.json of MedEvalKit",
         expected="MedEvalKit's results.json is an array of objects with question, answer and response.",
+        needs=("question", "answer", "response"),
         guess=lambda path, first: first.keys() >= {"question", "answer", "response"},
-        read=partial(read_with_answers, ("question", "answer", "response"), _record),
-        write=_write,
+        record=_record,
     )
 )

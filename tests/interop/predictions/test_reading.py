@@ -240,13 +240,13 @@ class TestVlmEvalKit:
         ("a.tsv", "", None, "no column `index`"),
         ("a.csv", "index;question;prediction\n", None, "holds no prediction that can be scored"),
         ("a.csv", "index,question,answer,prediction,prediction\n", None, "several columns `prediction`"),
-        ("a.json", '[{"id": "1", "answer": "a", "answer_type": "open", "prediction": "b"}]', None, "is JSON lines"),
+        ("a.json", '[{"id": "1", "answer": "a", "answer_type": "open"}]', None, "no prediction.*is JSON lines"),
         ("a.jsonl", "", "llava_med", "holds no records"),
         ("a.json", "text", "medevalkit", "holds no records"),
         ("a.json", '[{"id": "1"}]', "coco", "Unknown predictions format 'coco'"),
         ("b.tsv", None, None, "b.tsv cannot be read"),
         ("b.json", None, "medevalkit", "b.json cannot be read"),
-        ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "are no Unicode"),
+        ("a.json", '[{"question": "\\ud800?", "answer": "yes", "response": "no"}]', None, "invalid Unicode"),
     ],
 )  # fmt: skip
 def test_invalid_files_are_refused(tmp_path, name, text, format, message):
@@ -256,18 +256,21 @@ def test_invalid_files_are_refused(tmp_path, name, text, format, message):
         read_predictions(tmp_path / name, format)
 
 
-def test_the_format_of_medst_trl_is_not_joined(path):
-    write_lines(path, [QUESTIONS[0] | {"prediction": "no"}])
-    assert read_predictions(path)[0][0]["prediction"] == "no"
-    with pytest.raises(UserError, match="Leave the benchmark out"):
-        read_predictions(path, benchmark=QUESTIONS)
+def test_the_format_of_medst_trl_is_joined_like_others(path):
+    rows = [{"id": q["id"], "question": q["question"], "prediction": "no"} for q in QUESTIONS]
+    with pytest.raises(UserError, match="holds no right answers. Give the benchmark"):
+        read_predictions(write_lines(path, rows))
+    records, _ = read_predictions(path, benchmark=QUESTIONS)
+    assert [record["answer"] for record in records] == [question["answer"] for question in QUESTIONS]
+    with pytest.raises(UserError, match="does not answer the questions"):
+        read_predictions(write_lines(path, [rows[0], {"id": "vqa_rad-13", "prediction": "no"}]), benchmark=QUESTIONS)
 
 
 def test_bytes_of_another_encoding_reject_one_row(tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b"index,question,answer,prediction\n0,Is it?,no,na\xefve\n1,Is it?,no,no\n")
     records, rejected = read_predictions(path)
-    assert len(records) == 1 and rejected[0]["reason"] == "characters that are no Unicode"
+    assert len(records) == 1 and rejected[0]["reason"] == "invalid Unicode"
 
 
 @pytest.mark.parametrize("reader", [read_vqa_rad, read_vqa_rad_mevf])

@@ -1,28 +1,30 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the readers of all formats share: rows of JSON files, and the question of a benchmark that each row answers.
+The questions of a benchmark, and which of them each row of a predictions file answers.
 
 Neither ids nor order are safe alone. MEVF's VQA-RAD numbers its questions one higher than the official release, so
 LLaVA-Med's id 13 is another question there. Order means nothing once a file is sorted or cut. Many images share one
 text ("Is this an axial plane?"). Rows are therefore joined only if the text of every question agrees.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.cells import BadRecord, guess_answer_type
 from medst_trl.data.reading import read_json_records
-from medst_trl.data.source import Rejected
-from medst_trl.evaluation.predictions import Benchmark, ReadRow, check_unicode, read_questions
 
+
+Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
+"""A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
+ReadRow = tuple[str, dict[str, Any] | BadRecord]
+"""The name of a row in a file, for messages, and its record or the reason why there is none."""
 
 NOT_ENGLISH = "not in English"
-
-_REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object", "bad_quotes": "unclosed quotes"}
 # What a benchmark says about an id.
 GOLD = ("image_id", "group_id", "question", "answer", "answer_type", "question_type")
 
@@ -35,54 +37,46 @@ def answer_type(answer: Any, given: Any) -> dict[str, Any]:
     return {"answer_type": guess_answer_type(str(answer).strip()), "answer_type_guessed": True}
 
 
-def read_with_answers(
-    keys: Sequence[str],
-    make_record: Callable[[dict[str, Any], int], dict[str, Any]],
-    path: Path,
-    benchmark: Benchmark | None,
-    split: str,
-    read: Callable[[Path, Sequence[str]], Iterable[tuple[int, dict | Rejected]]] | None = None,
-) -> list[ReadRow]:
+def read_questions(benchmark: Benchmark, split: str = "test") -> list[dict[str, Any]]:
     """
-    Read the rows of a file and give them the right answers of a benchmark, or check that they have their own.
+    Read all questions of a benchmark, in its order.
 
-    Args:
-        keys (sequence of `str`):
-            What each row must have a value for.
-        make_record (`Callable`):
-            Takes a row and its number from 0, and returns a record. Raises a [`BadRecord`] for a row that cannot be
-            used.
-        path, benchmark, split:
-            See [`PredictionFormat`].
-        read (`Callable`, *optional*):
-            Takes the file and the keys, and returns its rows. Reads JSON by default.
+    Returns:
+        `list[dict]`: id, image_id, group_id, question, answer, answer_type, question_type.
 
     Raises:
-        UserError: if the file holds no right answers and no benchmark is given, or the benchmark has other questions.
+        UserError: if the benchmark does not exist, or the file holds something else.
     """
-    rows, records = [], []
-    for number, row in read(path, keys) if read else read_json_records(path, keys[0]):
-        name = f"row {number + 1}"
-        try:
-            if isinstance(row, Rejected):
-                raise BadRecord(_REASONS.get(row.reason, row.value), row.value)
-            row = {key: None if value != value else value for key, value in row.items()}  # NaN from pandas
-            if missing := [key for key in keys if row.get(key) is None]:
-                raise BadRecord(f"no {missing[0]}", row)
-            row = make_record(row, number)
-            check_unicode(row)
-            records.append(row)
-        except BadRecord as error:
-            row = Rejected(name, error.reason, error.value)
-        rows.append((name, row))
-    if benchmark is not None:
-        return join_questions(rows, read_questions(benchmark, split), path)
-    if records and all(record.get("answer") is None for record in records):
+    if not isinstance(benchmark, str | os.PathLike):
+        return [dict(question) for question in benchmark]
+    if str(benchmark).endswith(".json"):  # what LLaVA-Med's `run_eval.py` takes as `--gt`
+        records = read_json_records(Path(benchmark), "id")
+        return [_question(record, f"{benchmark}, record {number + 1}") for number, record in records]
+    from medst_trl.data.loading import load_records
+
+    from .vqa import questions_of
+
+    return questions_of(load_records(benchmark, split, "benchmark"))
+
+
+def _question(record: Any, name: str) -> dict[str, Any]:
+    try:
+        # Some of LLaVA-Med's files spell the key this way.
+        turns = record["conversations"] if "conversations" in record else record["conversatons"]
+        return {
+            "id": str(record["id"]),
+            "image_id": str(record["image"]) if record.get("image") else None,
+            "group_id": None,
+            "question": turns[0]["value"].replace("<image>", "").strip(),
+            "answer": turns[1]["value"],
+            "answer_type": record["answer_type"].strip().lower(),
+            "question_type": None,
+        }
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
-            f"{path} holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or "
-            "LLaVA-Med's file of questions (.json)."
-        )
-    return rows
+            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
+            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
+        ) from None
 
 
 def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: Path) -> list[ReadRow]:
@@ -116,7 +110,7 @@ def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: P
         differing = [at for at, question in found.items() if question and not _agree(records[at], question)]
         if not differing:
             return _joined(rows, found, questions)
-        asked, there = records[differing[0]]["question"], found[differing[0]]["question"]
+        asked, there = records[differing[0]].get("question"), found[differing[0]]["question"]
         failures.append(f"by {by} {len(differing)} differ, for example {str(asked)[:80]!r} and {there[:80]!r}")
     raise UserError(
         f"{path} does not answer the questions of this benchmark ({'; '.join(failures)}). Give the benchmark and the "
@@ -129,7 +123,7 @@ def _matchings(
 ) -> Iterator[tuple[str, dict[int, dict | None]]]:
     """Yield the possible matchings: a name, and the question of each record by its position."""
     known = _by_id(questions)
-    by_id = {position: known.get(str(record["id"])) for position, record in records.items()}
+    by_id = {position: known.get(str(record.get("id"))) for position, record in records.items()}
     if 2 * sum(question is not None for question in by_id.values()) > len(records):
         yield "id", by_id
     # MedEvalKit asks SLAKE's questions in both languages; a benchmark has one.
@@ -143,16 +137,16 @@ def _matchings(
 def _joined(rows: list[ReadRow], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[ReadRow]:
     joined: list[ReadRow] = []
     for position, (name, record) in enumerate(rows):
-        if isinstance(record, Rejected):
+        if isinstance(record, BadRecord):
             joined.append((name, record))
         elif found[position] is None:
-            joined.append((name, Rejected(name, "not in the benchmark", record["id"])))
+            joined.append((name, BadRecord("not in the benchmark", record.get("id"))))
         else:
             rest = {key: value for key, value in record.items() if key not in ("id", *GOLD, "answer_type_guessed")}
             joined.append((name, {key: found[position].get(key) for key in ("id", *GOLD)} | rest))
     answered = {question["id"] for question in found.values() if question}
     missing = [question["id"] for question in questions if question["id"] not in answered]
-    return joined + [(key, Rejected(key, "no prediction for a question", key)) for key in map(str, missing)]
+    return joined + [(key, BadRecord("no prediction for a question", key)) for key in map(str, missing)]
 
 
 def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -165,7 +159,7 @@ def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _agree(record: dict[str, Any], question: dict[str, Any]) -> bool:
-    asked, answer = _plain(record["question"]), record.get("answer")
+    asked, answer = _plain(record.get("question")), record.get("answer")
     same_answer = answer is None or _plain(answer) == _plain(question["answer"])
     return asked.startswith(_plain(question["question"])) and same_answer
 
