@@ -7,7 +7,7 @@ This file holds the settings and checks that other stages need before there is a
 library, so that help and validation stay fast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -33,6 +33,54 @@ class HubArguments:
     push_to_hub: bool = False
     hub_dataset_id: str | None = None
     hub_private_repo: bool = True
+
+
+@documented
+@dataclass
+class PushArguments:
+    """
+    Arguments of `medst push`. The token comes from `hf auth login`, or from HF_TOKEN in the environment.
+
+    Args:
+        source (`str`):
+            Directory of a dataset, an adapter or a model.
+        repo_id (`str`):
+            Hub repository, OWNER/NAME. It is created if it does not exist.
+        private (`bool`, *optional*, defaults to `True`):
+            Create a private repository, and refuse to push to a public one. Set it to false to make the repository
+            public.
+        evaluation (`list[str]`, *optional*, defaults to `[]`):
+            Output directories of `medst evaluate`. Their scores are added to the card of a model.
+        run (`str`, *optional*):
+            The run directory. It is searched for the records of inputs that have moved.
+        base_model_name_or_path (`str`, *optional*):
+            Hub id of the base model, if the adapter or merged model was made from a local directory.
+        license (`str`, *optional*):
+            Identifier of a license on the Hub, such as cc-by-4.0.
+        revision (`str`, *optional*):
+            Branch to push to. It is created if it does not exist.
+        commit_message (`str`, *optional*):
+            Commit message.
+        replace_content (`bool`, *optional*, defaults to `False`):
+            Replace the other content of a repository that is in use. Older revisions keep it.
+        output_dir (`str`, *optional*):
+            Directory for the record of the push. Recipes set it. Default: no record.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Push again even if output_dir has the record of an earlier push.
+    """
+
+    source: str
+    repo_id: str
+    private: bool = True
+    evaluation: list[str] = field(default_factory=list)
+    run: str | None = None
+    base_model_name_or_path: str | None = None
+    license: str | None = None
+    revision: str | None = None
+    commit_message: str | None = None
+    replace_content: bool = False
+    output_dir: str | None = None
+    overwrite: bool = False
 
 
 def check_repo_id(repo_id: str | None, key: str) -> None:

@@ -142,7 +142,7 @@ def fill_upload(contents: Contents, target: Path, card: str, base_model: str | N
                 public["base_model_name_or_path"], public["revision"] = split_revision(base_model)
             if public != json.loads(config):  # other files stay as they are, byte for byte
                 write_json(path, public)
-        elif name == TRAINING_IMAGES_FILE:  # without ids that are no hashes: they may name a patient
+        elif name == TRAINING_IMAGES_FILE:  # without ids that are not hashes: they may name a patient
             write_training_images(target, (), contents.directory)
         elif name.endswith(".parquet"):
             _check_models(source)
@@ -204,12 +204,12 @@ def _check_models(shard: Path) -> None:
 
 
 def _check_ids(shard: Path) -> None:
-    """Refuse ids of images and groups that are no hashes, as datasets of others can have them."""
+    """Refuse ids of images and groups that are not hashes, as datasets of others can have them."""
     columns = {"image_ids", "image_id", "group_id"}.intersection(pq.read_schema(shard).names)
     for name, values in pq.read_table(shard, columns=list(columns), partitioning=None).to_pydict().items():
         ids = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
         if not all(value is None or _HASHED.fullmatch(str(value)) for value in ids):
             raise UserError(
-                f"The column {name} of {shard} has ids that are no hashes, such as names or patient numbers. They "
-                "must not be published. Remove the column, or push what `medst prepare` makes of your files."
+                f"The column {name} of {shard} has ids that are not hashes, such as names or patient numbers. Do not "
+                "publish them: remove the column, or push the output of `medst prepare`."
             )

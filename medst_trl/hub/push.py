@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Publishing the output of a stage as a repository on the Hub, by `medst push` or at the end of a stage."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, get_token, metadata_load
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.processes import rank
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE
 
-from . import check_push, check_repo_id
+from . import PushArguments, check_push
 from .cards import KIND, dataset_card, model_card
 from .contents import Contents, fill_upload, find_contents, public_base
 
@@ -48,19 +47,7 @@ class Pushed:
     bytes: int
 
 
-def push_directory(
-    directory: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool = True,
-    evaluation: Sequence[str | os.PathLike] = (),
-    run: str | os.PathLike | None = None,
-    base_model_name_or_path: str | None = None,
-    license: str | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    replace_content: bool = False,
-) -> Pushed:
+def push_directory(args: PushArguments) -> Pushed:
     """
     Publish a dataset, an adapter or a model with its card. Nothing that names this machine is uploaded.
 
@@ -69,28 +56,9 @@ def push_directory(
     of the same kind; other content is not touched.
 
     Args:
-        directory (`str` or `os.PathLike`):
-            Output of a stage: a directory of Parquet files, an adapter or a model. If a stage makes a single dataset,
-            the stage's output directory can be given, too.
-        repo_id (`str`):
-            `"org/name"`. The repository is created if it does not exist.
-        private (`bool`, *optional*, defaults to `True`):
-            Whether a new repository is private. With `True`, an existing public one is refused.
-        evaluation (sequence of `str` or `os.PathLike`, *optional*):
-            Outputs of `medst evaluate` whose scores are added to a model's card.
-        run (`str` or `os.PathLike`, *optional*):
-            The run directory, to find the records of inputs that have moved.
-        base_model_name_or_path (`str`, *optional*):
-            Hub id of the base of an adapter or of a merged model (`"org/name"`, `"org/name@revision"`), if that
-            names a local directory.
-        license (`str`, *optional*):
-            Identifier of a license on the Hub, such as `"cc-by-4.0"`.
-        revision (`str`, *optional*):
-            Branch to push to; created if it does not exist.
-        commit_message (`str`, *optional*):
-            Message of the commit.
-        replace_content (`bool`, *optional*, defaults to `False`):
-            Whether to push to a repository with other content and delete that there (older revisions keep it).
+        args ([`PushArguments`]):
+            What to publish and where. `source` is the output of a stage: a directory of Parquet files, an adapter or a
+            model. If a stage makes a single dataset, the stage's output directory can be given, too.
 
     Raises:
         UserError: for a directory that cannot be published, a repository that cannot or must not be written, a
@@ -99,27 +67,26 @@ def push_directory(
     Example:
 
     ```python
-    >>> push_directory("runs/vqa_rad/judge/preferences", "my-org/vqa-rad-preferences")
+    >>> push_directory(PushArguments("runs/vqa_rad/judge/preferences", "my-org/vqa-rad-preferences"))
     ```
     """
-    check_repo_id(repo_id, "repo_id")
-    contents = find_contents(Path(directory))
-    settings = {"license": license, "run": Path(run) if run else None}
-    base_model = base_model_name_or_path
+    contents = find_contents(Path(args.source))
+    settings = {"license": args.license, "run": Path(args.run) if args.run else None}
+    base_model = args.base_model_name_or_path
     if contents.kind == "adapter":
         base_model = public_base(contents.directory, base_model)
     if contents.repo_type == "model":
-        card = model_card(contents, repo_id, base_model=base_model, evaluations=evaluation, **settings)
-    elif evaluation:
-        raise UserError(f"{directory} is a dataset. Scores (--evaluation) are for the card of a model or an adapter.")
+        card = model_card(contents, args.repo_id, base_model=base_model, evaluations=args.evaluation, **settings)
+    elif args.evaluation:
+        raise UserError(
+            f"{args.source} is a dataset. Scores (--evaluation) are for the card of a model or an adapter."
+        )
     else:
-        card = dataset_card(contents, repo_id, **settings)
+        card = dataset_card(contents, args.repo_id, **settings)
     check_token()
-    with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(repo_id):
+    with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(args.repo_id):
         fill_upload(contents, Path(staging), card, base_model)
-        target = {"repo_id": repo_id, "repo_type": contents.repo_type, "revision": revision}
-        message = commit_message or f"Upload {contents.title} with medst_trl"
-        return _upload(contents, Path(staging), target, private, message, replace_content)
+        return _upload(args, contents, Path(staging))
 
 
 def check_token() -> None:
@@ -162,11 +129,14 @@ class PushAfterStage:
         """
         if self.settings is None or rank() != 0:
             return
-        private, revision = self.settings.hub_private_repo is not False, getattr(self.settings, "hub_revision", None)
+        target = {
+            "private": self.settings.hub_private_repo is not False,
+            "revision": getattr(self.settings, "hub_revision", None),
+        }
         for directory in filter(Path.is_dir, self.directories):
             repo_id = self.repo_id if len(self.directories) == 1 else f"{self.repo_id}-{directory.name}"
             try:
-                pushed = push_directory(directory, repo_id, private=private, revision=revision)
+                pushed = push_directory(PushArguments(str(directory), repo_id, **target))
             except UserError as error:
                 raise UserError(
                     f"{directory} is finished, but was not pushed. {error}\nThen run the same command, or "
@@ -175,19 +145,19 @@ class PushAfterStage:
             print(f"The {pushed.title} is at {pushed.url}, revision {pushed.commit[:12]}.")
 
 
-def _upload(
-    contents: Contents, staging: Path, target: dict[str, Any], private: bool, message: str, replace_content: bool
-) -> Pushed:
+def _upload(args: PushArguments, contents: Contents, staging: Path) -> Pushed:
     api = HfApi(library_name="medst_trl")
-    url = _open_repository(api, private=private, **target)
+    target = {"repo_id": args.repo_id, "repo_type": contents.repo_type, "revision": args.revision}
+    url = _open_repository(api, private=args.private, **target)
     names = set(api.list_repo_files(**target)) - {".gitattributes"}
-    if names and not replace_content:
+    if names and not args.replace_content:
         _check_ours(api, contents, target, names)
     if not names:
         # The card first: if the upload of a large directory is interrupted, the repository is recognized as ours.
         card = staging / "README.md"
         api.upload_file(path_or_fileobj=card, path_in_repo=card.name, commit_message="Add the card", **target)
-    patterns = ["*"] if replace_content else REPLACED[contents.repo_type]
+    patterns = ["*"] if args.replace_content else REPLACED[contents.repo_type]
+    message = args.commit_message or f"Upload {contents.title} with medst_trl"
     api.upload_folder(folder_path=staging, commit_message=message, delete_patterns=patterns, **target)
     sizes = [path.stat().st_size for path in staging.rglob("*") if path.is_file()]
     return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
@@ -223,40 +193,16 @@ def _check_ours(api: HfApi, contents: Contents, target: dict[str, Any], names: s
     )
 
 
-# What a status of the Hub means, and what to do next; 0 for any other.
-_REFUSALS = {
-    0: "The Hub refuses the push to {repo_id} ({status}). Correct what it reports, or push again later: uploaded "
-    "files are kept.",
-    401: "The Hub does not accept the token: it is invalid or has expired. Make one at "
-    "https://huggingface.co/settings/tokens and log in with `hf auth login`, or set HF_TOKEN.",
-    403: "The token may not write to {repo_id}. Use one with write access to {owner} "
-    "(https://huggingface.co/settings/tokens; then `hf auth login` or HF_TOKEN), or push to a namespace of your own "
-    "with --repo_id.",
-    404: "The Hub has no {repo_id} that the token can see, or not that revision. Check both names.",
-}
-
-
 @contextmanager
 def explain_hub_errors(repo_id: str) -> Iterator[None]:
     """Turn the errors of a push to `repo_id` into a [`UserError`]. Files that were uploaded are not lost."""
     try:
         yield
-    except UserError:
-        raise
-    except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is not a valid name of a Hub repository: {error}") from None
-    except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it and push again.") from None
-    except Exception as error:
-        for cause in (error, error.__cause__, error.__context__):  # uploads wrap the cause in errors of their own
-            if isinstance(cause, HfHubHTTPError):
-                status, reply = cause.response.status_code, hide_secrets(str(cause.server_message or "").strip())
-                meaning = _REFUSALS.get(status, _REFUSALS[0])
-                meaning = meaning.format(repo_id=repo_id, owner=repo_id.partition("/")[0], status=status)
-                raise UserError(meaning + (f" The Hub says: {reply}" if reply else "")) from None
-            if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
-                raise UserError(
-                    f"No connection to the Hub at {ENDPOINT} ({type(cause).__name__}). Check the network and push "
-                    "again: uploaded files are kept."
-                ) from None
-        raise
+    except (OSError, HFValidationError, RuntimeError, httpx2.TransportError) as error:
+        # HfHubHTTPError and OfflineModeIsEnabled are OSErrors. Uploads wrap such errors in a RuntimeError.
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        raise UserError(
+            f"The push to {repo_id} on {ENDPOINT} failed ({type(cause).__name__}): {hide_secrets(str(cause))}\n"
+            "Check the name, the token (`hf auth login` or HF_TOKEN, with write access) and the network, and push "
+            "again: uploaded files are kept."
+        ) from error

@@ -174,11 +174,11 @@ def test_a_model_of_version_0_1_0_is_published_with_the_images_of_the_data_that_
         ("benchmark", "image_id", "scan.png", False), ("benchmark", "image_id", "a" * 64, True),
     ],
 )  # fmt: skip
-def test_a_dataset_with_ids_that_are_no_hashes_is_not_published(tmp_path, kind, column, value, is_public):
+def test_a_dataset_with_ids_that_are_not_hashes_is_not_published(tmp_path, kind, column, value, is_public):
     rows = [(CONVERSATION if kind == "instruct" else BENCHMARK | {"image_id": "b" * 64}) | {column: value}]
     write_split(tmp_path / "data", "train", rows, dict, features_of(kind), 2)
     (tmp_path / "target").mkdir()
-    with nullcontext() if is_public else pytest.raises(UserError, match=f"column {column} .* no hashes"):
+    with nullcontext() if is_public else pytest.raises(UserError, match=f"column {column} .* not hashes"):
         fill_upload(find_contents(tmp_path / "data"), tmp_path / "target", "card")
 
 

@@ -19,62 +19,12 @@ Afterwards, use the Hub id instead of the directory: `medst dpo --dataset my-org
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import is_hub_id
-from medst_trl.base.settings import documented
-from medst_trl.hub import check_repo_id
+from medst_trl.hub import PushArguments, check_repo_id
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Input, RowCounter, Stage
-
-
-@documented
-@dataclass
-class PushArguments:
-    """
-    Arguments of `medst push`. The token comes from `hf auth login`, or from HF_TOKEN in the environment.
-
-    Args:
-        source (`str`):
-            Directory of a dataset, an adapter or a model.
-        repo_id (`str`):
-            Hub repository, OWNER/NAME. It is created if it does not exist.
-        private (`bool`, *optional*, defaults to `True`):
-            Create a private repository, and refuse to push to a public one. Set it to false to make the repository
-            public.
-        evaluation (`list[str]`, *optional*, defaults to `[]`):
-            Output directories of `medst evaluate`. Their scores are added to the card of a model.
-        run (`str`, *optional*):
-            The run directory. It is searched for the records of inputs that have moved.
-        base_model_name_or_path (`str`, *optional*):
-            Hub id of the base model, if the adapter or merged model was made from a local directory.
-        license (`str`, *optional*):
-            Identifier of a license on the Hub, such as cc-by-4.0.
-        revision (`str`, *optional*):
-            Branch to push to. It is created if it does not exist.
-        commit_message (`str`, *optional*):
-            Commit message.
-        replace_content (`bool`, *optional*, defaults to `False`):
-            Replace the other content of a repository that is in use. Older revisions keep it.
-        output_dir (`str`, *optional*):
-            Directory for the record of the push. Recipes set it. Default: no record.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Push again even if output_dir has the record of an earlier push.
-    """
-
-    source: str
-    repo_id: str
-    private: bool = True
-    evaluation: list[str] = field(default_factory=list)
-    run: str | None = None
-    base_model_name_or_path: str | None = None
-    license: str | None = None
-    revision: str | None = None
-    commit_message: str | None = None
-    replace_content: bool = False
-    output_dir: str | None = None
-    overwrite: bool = False
 
 
 def main(args: PushArguments) -> None:
@@ -84,9 +34,8 @@ def main(args: PushArguments) -> None:
     record = nullcontext() if args.output_dir is None else StageRecord.of(STAGE, args)
     if args.output_dir is not None and record.decision == "skip":
         return
-    settings = {name: value for name, value in vars(args).items() if name not in ("source", "output_dir", "overwrite")}
     with record:
-        pushed = push_directory(args.source, **settings)
+        pushed = push_directory(args)
         if args.output_dir is not None:
             record.finish(counts={"files": pushed.files, "bytes": pushed.bytes}, url=pushed.url, commit=pushed.commit)
     print(

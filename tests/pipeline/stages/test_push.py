@@ -3,14 +3,15 @@
 """The stage `push`: its arguments and its record."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from medst_trl import cli
 from medst_trl.base.errors import UserError
-from medst_trl.hub import push
+from medst_trl.hub import PushArguments, push
 from medst_trl.pipeline.stage import STAGES
-from medst_trl.pipeline.stages.push import PushArguments, main
+from medst_trl.pipeline.stages.push import main
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def pushed(monkeypatch):
     """Calls of `push_directory`, which is replaced here. `tests/hub` tests it against a Hub."""
     calls = []
 
-    def push_directory(directory, repo_id, **settings):
-        calls.append((directory, repo_id, settings))
+    def push_directory(args):
+        calls.append(replace(args))
         return push.Pushed("https://hub/org/name", "preferences dataset", "c0ffee" * 7, 3, 1_500_000)
 
     monkeypatch.setattr(push, "push_directory", push_directory)
@@ -37,8 +38,8 @@ def arguments(*given: str) -> PushArguments:
 def test_pushes_are_private_by_default(pushed, capsys):
     main(arguments())
     main(arguments("--private", "false", "--evaluation", "a", "b"))
-    assert [settings["private"] for _, _, settings in pushed] == [True, False]
-    assert pushed[1][2]["evaluation"] == ["a", "b"]
+    assert [args.private for args in pushed] == [True, False]
+    assert pushed[1].evaluation == ["a", "b"]
     assert "https://hub/org/name (3 files, 1.5 MB), revision c0ffee" in capsys.readouterr().out
 
 
@@ -76,7 +77,7 @@ def test_a_failed_push_does_not_refuse_the_corrected_command(pushed, tmp_path, m
         main(args)
     args.repo_id = "org/right"
     main(args)
-    assert [repo_id for _, repo_id, _ in pushed] == ["org/right"]
+    assert [args.repo_id for args in pushed] == ["org/right"]
 
 
 @pytest.mark.parametrize(
