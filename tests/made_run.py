@@ -162,7 +162,7 @@ def evaluate(run: Path, name: str, phantoms: list, model: str, skill: float, cha
     n = sum(len(phantom.questions) for phantom in phantoms)
     counts = {str(run / "prepare" / "benchmark"): {"records": n, "rejected": {}, "cut_off": 0}}
     started = f"2026-01-01T{10 + ('aligned' in name)}:00:00+00:00"
-    settings = {"model_name_or_path": str(run / model)}
+    settings = {"model_name_or_path": str(run / model), "output_dir": str(run / name)}
     directory = write_stage(run / name, "evaluate", settings=settings, counts=counts, started=started)
     rng = random.Random(name)
     for control in [None, *CONTROLS]:

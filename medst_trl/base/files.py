@@ -80,7 +80,7 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
     """
     rows = []
     for line in Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else ():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 

@@ -2,67 +2,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data flow of a run: what each stage made and left out, and how the judge decided."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from medst_trl.base.fingerprints import fingerprint, same_source
+from medst_trl.base.files import read_jsonl
 from medst_trl.data.schema import KINDS
-from medst_trl.pipeline.lineage import possible_places
 from medst_trl.pipeline.stage import STAGES, Stage
 from medst_trl.selftrain.judge.statistics import judge_statistics, warnings_of
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
-from .text import is_number, is_pair, relative_path, sentence, words
+from .text import is_number, relative_path, sentence, words
 
 
-KEPT = "kept"
 LEFT_OUT = ("rejected", "set_aside", "dropped")  # keys in `counts` that map reasons to numbers
 UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
 MAX_REASONS = 12
+STATISTICS = judge_statistics(()).keys() - {"unequal_lengths"}  # which version 0.1.0 did not write
 
 
 class Judging:
     """
-    What one run of a judge did, from its `judgements.jsonl`, which is read once, line by line.
+    What a judge did.
 
     Args:
-        run ([`Run`]): Receives notes about lines that are not judgements.
+        run ([`Run`]): Receives a note about judgements that cannot be read.
         stage ([`StageRun`]): The judge.
 
     Attributes:
-        statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`].
-        cost (`float`, *optional*): Cost of all its replies in dollars, if the stage knew the prices.
+        statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`], from its record.
+        rows (`list[dict]`): Its judgements.
         models (`Counter`): Judging model and prompt version.
-        offsets (`dict`): `"kept"` or the reason to drop, to the byte offsets of its lines in the file.
         warnings (`list[str]`): What the statistics warn of.
     """
 
     def __init__(self, run: Run, stage: StageRun):
-        self.models, self.offsets = Counter(), defaultdict(list)
-        self.statistics = judge_statistics(self._read(run, stage))
+        path = stage.directory / "judgements.jsonl"
+        self.statistics = stage.counts["judge"]
+        self.rows = [row for row in read_jsonl(path) if is_judgement(row)]
+        self.models = Counter((str(row.get("model")), str(row.get("prompt_version"))) for row in self.rows)
         self.warnings = [sentence(warning) for warning in warnings_of(self.statistics)]
-        self.cost = None
-        with suppress(LookupError, TypeError, ValueError):  # another stage, or a damaged record
-            self.cost = float(stage.counts["judge"]["usage"]["all"]["cost"])
+        if missing := self.statistics["pairs"] - len(self.rows):
+            run.notes.append(f"{run.name(path)}: {missing:,} judgements are missing or damaged, and are left out.")
 
-    def _read(self, run: Run, stage: StageRun) -> Iterator[dict[str, Any]]:
-        invalid = 0
-        for offset, row in run.read_lines(stage.directory / "judgements.jsonl"):
-            if is_judgement(row):
-                self.offsets[row["dropped"] or KEPT].append(offset)
-                self.models[str(row.get("model")), str(row.get("prompt_version"))] += 1
-                yield row
-            else:
-                invalid += 1
-        if invalid:
-            run.notes.append(f"{stage.name}/judgements.jsonl: {invalid:,} lines are not judgements and are left out.")
+
+def read_judgings(run: Run) -> dict[str, Judging]:
+    """Return what each judge did that has finished, by the name of its stage."""
+    judges = [stage for stage in run.stages if isinstance(stage.counts.get("judge"), dict)]
+    return {stage.name: Judging(run, stage) for stage in judges if stage.counts["judge"].keys() >= STATISTICS}
+
+
+def is_judgement(row: Any) -> bool:
+    """Whether a line has what the statistics and the page read."""
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
+        return bool(judge_statistics([row]))
+    return False
 
 
 def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list[tuple[Stage, list[dict[str, Any]]]]]]:
@@ -89,24 +88,6 @@ def missing_stages(run: Run) -> list[str]:
     present = [stage_run.stage for stage_run in run.stages]
     missing = [stage for stage in STAGES.values() if stage not in present]
     return [one.name for one in missing if any(item.kind in KINDS for item in (*one.inputs, *one.outputs))]
-
-
-def note_other_data(run: Run) -> None:
-    """Note each stage whose training data has been made again since, by another run of the judge for example."""
-    for training in run.select(lambda stage: stage.trains and stage.input("dataset")):
-        sources = training.record.get("inputs", {}).get("dataset") or []
-        for directory in filter(Path.is_dir, run.datasets(training.stage.input("dataset").kind, training.round)):
-            with suppress(TypeError, AttributeError):  # a damaged record
-                places = ((item, possible_places(item.get("path", ""), run.directory)) for item in sources)
-                read = [item for item, found in places if found and found[0].samefile(directory)]
-                if read and not same_source(read[0], fingerprint(directory)):
-                    # Only the recipe knows the section of a directory with a name of its own.
-                    is_label = training.stage.name in training.name.split("/")
-                    run.notes.append(
-                        f"{training.name} was trained on other {training.stage.trains} than those now in "
-                        f"{run.name(directory)}. To train on these, run it again: medst run RECIPE --stage "
-                        f"{training.name if is_label else training.stage.name} --overwrite"
-                    )
 
 
 def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:
@@ -154,22 +135,3 @@ def _bars(left_out: Counter, kept: int | None) -> Markup:
         bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
     title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
     return bar_chart(title, bars, digits=None, axis=False)
-
-
-def is_judgement(row: Mapping[str, Any]) -> bool:
-    """Whether a line has everything that the page reads, with the right types."""
-    try:
-        dropped, answers = row["dropped"], row["answers"]
-        valid = is_pair(answers) and isinstance("".join(answers), str)
-        if dropped is None:
-            low, high = row["scores"]
-            valid &= row["verdict"] in (0, 1) and answers[row["verdict"]] is not None
-            valid &= isinstance(low, int | float) and isinstance(high, int | float)
-        else:
-            valid &= isinstance(dropped, str) and dropped not in ("", KEPT)
-        for order in row["orders"]:
-            valid &= order["shown"] in ([0, 1], [1, 0]) and order.get("verdict") in (None, "tie", 0, 1)
-            valid &= order["cached"] is not None and sum((order.get("usage") or {}).values()) >= 0
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return False
-    return valid

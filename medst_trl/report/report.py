@@ -14,8 +14,9 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
 from medst_trl.evaluation.contamination import CONTAMINATION_FILE, EXPLANATION, Contamination
 
+from . import ReportArguments
 from .curves import displacement, final_values, read_log, training_charts
-from .flow import Judging, data_flow, missing_stages, note_other_data, settings
+from .flow import Judging, data_flow, missing_stages, read_judgings, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_comparisons
@@ -42,19 +43,19 @@ class Round:
         run ([`Run`]): The run.
         number (`int`): The round; 0 holds what belongs to no round.
         judgings (`dict`): Judge statistics by the names of stages.
-        gallery (`int`), image_size (`int`): As in [`make_report`].
+        gallery (`int`): Number of judged pairs to show.
     """
 
-    def __init__(self, run: Run, number: int, judgings: dict[str, Judging], gallery: int, image_size: int):
+    def __init__(self, run: Run, number: int, judgings: dict[str, Judging], gallery: int):
         # A stage that makes preferences without a judge, such as a filter, records no judge statistics.
         judges = run.select(lambda stage: stage.makes("preferences"), number)
-        judges = [one for one in judges if one.name in judgings or one.state != "complete" or "judge" in one.counts]
+        judges = [one for one in judges if one.name in judgings or one.state != "complete"]
         self.number = number
         self.judge = judges[0] if judges else None
         self.judging = judgings.get(self.judge.name) if self.judge else None
         trainings = run.select(lambda stage: stage.trains and stage.repeats, number)
         self.trainings = [_training(run, training) for training in trainings]
-        self.cases = judged_cases(run, self.judge, self.judging, gallery, image_size) if self.judging else []
+        self.cases = judged_cases(run, self.judge, self.judging, gallery) if self.judging else []
 
     @property
     def kept(self) -> int:
@@ -74,28 +75,12 @@ class Report:
     notes: list[str]
 
 
-def make_report(
-    run: str | os.PathLike,
-    *,
-    title: str | None = None,
-    gallery: int = 12,
-    image_size: int = 320,
-    bootstrap_samples: int = 1000,
-) -> Report:
+def make_report(args: ReportArguments) -> Report:
     """
     Make a page about a run. Stages that are missing or not finished are listed as missing.
 
     Args:
-        run (`str` or `os.PathLike`):
-            The run directory.
-        title (`str`, *optional*):
-            Heading of the page. Defaults to the directory's name.
-        gallery (`int`, *optional*, defaults to `12`):
-            Number of judged pairs per round, and of benchmark questions, that are shown with their images.
-        image_size (`int`, *optional*, defaults to `320`):
-            Longest side of an image, in pixels.
-        bootstrap_samples (`int`, *optional*, defaults to `1000`):
-            Bootstrap samples for the interval of each difference between evaluations; 0 for no intervals.
+        args ([`ReportArguments`]): The run, and what to show. `output_dir` is not used here.
 
     Returns:
         [`Report`]: the page as text.
@@ -106,22 +91,21 @@ def make_report(
     Example:
 
     ```python
-    >>> from medst_trl.report.report import make_report
-    >>> page = make_report("runs/demo").html
+    >>> from medst_trl.report import ReportArguments
+    >>> page = make_report(ReportArguments("runs/demo")).html
     ```
     """
-    run = Run(run)
-    judgings = {stage.name: judging for stage in run.stages if (judging := Judging(run, stage)).statistics["pairs"]}
-    comparisons = read_comparisons(run, bootstrap_samples)
+    run = Run(args.run)
+    judgings = read_judgings(run)
+    comparisons = read_comparisons(run, args.bootstrap_samples)
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
-    rounds = [Round(run, number, judgings, gallery, image_size) for number in numbers]
-    note_other_data(run)
+    rounds = [Round(run, number, judgings, args.gallery) for number in numbers]
     missing = missing_stages(run)
     if not (comparisons or judgings):
         waiting = ", ".join([*(stage.name for stage in run.stages if stage.state != "complete"), *missing])
         run.notes.append(f"There are no scores and no judged pairs yet. Not finished or missing: {waiting}.")
     page = {
-        "title": title or run.directory.name,
+        "title": args.title or run.directory.name,
         "run": run,
         "generator": f"{GENERATOR} {__version__}",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -131,7 +115,7 @@ def make_report(
         "comparisons": comparisons,
         "contamination": [contamination_table(run, comparison) for comparison in comparisons],
         "contamination_explained": EXPLANATION,
-        "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, gallery, image_size))],
+        "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, args.gallery))],
         "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
         "rounds": rounds,
         "round_rows": round_rows(rounds, comparisons),

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contents of a run directory: its stages and rounds. Damaged files are noted, and the rest is read."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import read_object
 from medst_trl.base.redaction import hide_secrets
-from medst_trl.pipeline.record import RECORD_FILE, problem_of
+from medst_trl.pipeline.record import RECORD_FILE, read_record
 from medst_trl.pipeline.stage import MODEL, STAGES, Stage
 
 
@@ -82,15 +82,11 @@ class Run:
         self.stages.sort(key=lambda stage: (stage.round, order.index(stage.stage.name), stage.started, stage.name))
 
     def _read_stage(self, directory: Path) -> StageRun | None:
-        name, record = self.name(directory), self.read_json(directory / RECORD_FILE)
-        problem = record and problem_of(record)
-        if record is not None and record.get("stage") not in list(STAGES):
-            problem = "it names a stage that is not registered"
-        if problem:
-            self.notes.append(f"{name}/{RECORD_FILE} is left out: {problem}.")
-            record = None
-        stage = record["stage"] if record else next((part for part in name.split("/") if part in STAGES), None)
-        return stage and StageRun(STAGES.get(stage), name, directory, hide_secrets(record or {}))
+        name, record = self.name(directory), read_record(directory)
+        stage = record.get("stage") or next((part for part in name.split("/") if part in STAGES), None)
+        if not record or stage not in STAGES:
+            self.notes.append(f"{name}/{RECORD_FILE} is damaged or names an unknown stage, and is left out.")
+        return StageRun(STAGES.get(stage), name, directory, hide_secrets(record)) if stage in STAGES else None
 
     def select(self, is_wanted: Callable[[Stage], bool], round: int | None = None) -> list[StageRun]:
         """Return the runs of the stages that are wanted, in all rounds or in one."""
@@ -114,56 +110,19 @@ class Run:
     def _maker(self, reader: StageRun, name: str) -> StageRun | None:
         """Return the stage in whose directory a path is. The run directory may have moved since, or be a copy."""
         path = Path(os.path.realpath(os.path.expanduser(name)))
-        then = Path(os.path.abspath(str(reader.settings.get("output_dir", ""))))
-        is_known = then.as_posix().endswith(f"/{reader.name}")
-        roots = [self.directory, *([then.parents[reader.name.count("/")]] if is_known else path.parents)]
-        places = ((one, os.path.realpath(root / one.name)) for one in self.stages for root in roots)
-        makers = (one for one, place in places if path.is_relative_to(place))
-        return max(makers, key=lambda one: len(one.name), default=None)
+        earlier = os.path.abspath(str(reader.settings.get("output_dir", ""))).removesuffix(f"/{reader.name}")
+        for stage in sorted(self.stages, key=lambda one: -len(one.name)):
+            places = (os.path.realpath(Path(root, stage.name)) for root in (self.directory, earlier))
+            if any(map(path.is_relative_to, places)):
+                return stage
+        return None
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.directory).as_posix()
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """Read the object in a file. Return None if the file is missing, or, with a note, if it is damaged."""
-        try:
-            content = parse_object(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            self.notes.append(f"{self.name(path)} cannot be read: {error.strerror}.")
-            return None
-        if content is None:
-            self.notes.append(f"{self.name(path)} is damaged (not a JSON object) and is left out.")
-        return content
-
-    def read_lines(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the objects in a JSON lines file with their byte offsets. Damaged lines are counted in a note."""
-        damaged, offset = [], 0
-        try:
-            with open(path, "rb") as file:
-                for line_number, line in enumerate(file, start=1):
-                    content = parse_object(line)
-                    if content is not None:
-                        yield offset, content
-                    elif line.strip():
-                        damaged.append(line_number)
-                    offset += len(line)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            self.notes.append(f"{self.name(path)} cannot be read: {error.strerror}.")
-        if damaged:
-            lines = "line is" if len(damaged) == 1 else "lines are"
-            self.notes.append(
-                f"{self.name(path)}: {len(damaged):,} damaged {lines} left out, the first is line {damaged[0]:,}."
-            )
-
-
-def parse_object(text: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None for anything else."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = read_object(path)
+        if not content and path.exists():
+            self.notes.append(f"{self.name(path)} is damaged and is left out.")
+        return content or None

@@ -13,6 +13,7 @@ from medst_trl.data.source import SOURCES
 from medst_trl.evaluation.metric import METRICS
 from medst_trl.hub.cards import dataset_card, model_card
 from medst_trl.hub.contents import find_contents
+from medst_trl.report import ReportArguments
 from medst_trl.report.report import make_report
 
 
@@ -93,7 +94,7 @@ def test_the_model_card_shows_the_metric_of_a_plugin(run, tmp_path):
 
 
 def test_the_report_shows_the_source_and_the_metric_of_a_plugin(run):
-    html = make_report(run, bootstrap_samples=10).html
+    html = make_report(ReportArguments(str(run), bootstrap_samples=10)).html
     assert 'aria-label="Short answers, 1 questions"' in html and 'aria-label="Long answers' not in html
     assert ">short answers</th>" in html and ">long answers</th>" in html
     assert "source</span> squares" in html

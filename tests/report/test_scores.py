@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from medst_trl.report import ReportArguments
 from medst_trl.report.report import make_report
 from medst_trl.report.run_directory import Run
 from medst_trl.report.scores import read_comparisons
@@ -56,6 +57,10 @@ def original(tmp_path_factory):
 @pytest.fixture
 def run(original, tmp_path):
     return shutil.copytree(original, tmp_path / "run")
+
+
+def report_on(run, **settings):
+    return make_report(ReportArguments(str(run), bootstrap_samples=0, **settings))
 
 
 def columns(run):
@@ -106,16 +111,16 @@ def test_the_headline_is_the_policy_trained_last_beside_the_one_before(run, left
 def test_a_moved_run_is_read_as_before(original, run):
     found = columns(run)[1]  # a copy: the original is still there
     assert found == list(MODELS.values())
-    page = make_report(run, title="same", bootstrap_samples=0).html
+    page = report_on(run, title="same").html
     moved = shutil.move(original, original.parent / "aside")
     try:
-        assert columns(run)[1] == found and make_report(run, title="same", bootstrap_samples=0).html == page
+        assert columns(run)[1] == found and report_on(run, title="same").html == page
     finally:
         shutil.move(moved, original)
 
 
 def test_the_tiles_and_the_gallery_name_stage_1_and_the_aligned_model(run):
-    words = " ".join(make_report(run, bootstrap_samples=0).html.split())
+    words = " ".join(report_on(run).html.split())
     assert "e6 compared with e2 on " in words and "Change since e2<" in words
     assert "Exact match, e6<" in words and "e0 − e2" not in words and "e6 − e2" in words
 
@@ -165,9 +170,9 @@ def test_an_almost_empty_page_has_a_note(original, tmp_path):
     run = tmp_path / "run"
     made_run.write_stage(run / "prepare", "prepare")
     made_run.write_stage(run / "sft", "sft", status="running")
-    [note] = make_report(run).notes
+    [note] = report_on(run).notes
     assert "no scores and no judged pairs" in note and "sft" in note and "evaluate" in note and "dpo" in note
-    assert not any("no scores" in note for note in make_report(original, bootstrap_samples=0).notes)
+    assert not any("no scores" in note for note in report_on(original).notes)
 
 
 @pytest.mark.parametrize("unit", ["image", "group"])
@@ -177,4 +182,4 @@ def test_the_page_says_over_what_the_intervals_are(run, unit):
         for scores in content["scores"].values():
             scores["bootstrap"] = scores.get("bootstrap", {}) | {"unit": unit}
         path.write_text(json.dumps(content))
-    assert f"95% bootstrap intervals over {unit}s." in make_report(run, bootstrap_samples=0).html
+    assert f"95% bootstrap intervals over {unit}s." in report_on(run).html

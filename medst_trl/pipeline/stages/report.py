@@ -12,51 +12,20 @@ in the run directory). It is a single file without scripts, network access or lo
 and after training is printed. Each run of the command writes the page again.
 """
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from medst_trl.base.settings import check_bounds, documented
+from medst_trl.base.settings import check_bounds
 from medst_trl.pipeline.stage import RUN, STAGES, Input, Stage
-
-
-@documented
-@dataclass
-class ReportArguments:
-    """
-    Arguments of `medst report`.
-
-    Args:
-        run (`str`):
-            The run directory, which contains the directories of the stages.
-        output_dir (`str`, *optional*):
-            Directory for index.html. Default: report in the run directory.
-        title (`str`, *optional*):
-            Heading of the page. Default: the name of the run directory.
-        gallery (`int`, *optional*, defaults to `12`):
-            Number of judged pairs (per round) and of benchmark questions to show with their images.
-        image_size (`int`, *optional*, defaults to `320`):
-            Longest side of the images on the page, in pixels.
-        bootstrap_samples (`int`, *optional*, defaults to `1000`):
-            Number of bootstrap samples for the interval of each difference; 0 for no intervals.
-    """
-
-    run: str
-    output_dir: str | None = None
-    title: str | None = None
-    gallery: int = 12
-    image_size: int = 320
-    bootstrap_samples: int = 1000
+from medst_trl.report import ReportArguments
 
 
 def main(args: ReportArguments) -> None:
     # No StageRecord: a page takes seconds and follows a run that grows, so nothing is skipped, resumed or refused.
     from medst_trl.report.report import make_report, write_report
 
-    check_bounds(args, at_least={"gallery": 0, "image_size": 16, "bootstrap_samples": 0})
-    settings = asdict(args)
-    output_dir = settings.pop("output_dir") or Path(args.run, "report")
-    report = make_report(**settings)
-    path = write_report(report, output_dir)
+    check_bounds(args, at_least={"gallery": 0, "bootstrap_samples": 0})
+    report = make_report(args)
+    path = write_report(report, args.output_dir or Path(args.run, "report"))
     for note in report.notes:
         print(f"report: {note}")
     if report.table:
