@@ -95,8 +95,6 @@ class Contamination:
     def __init__(self, content: Mapping[str, Any] = UNKNOWN):
         self.compared = content["compared"]
         self.figures = {name: (content["figures"][name]["n"], content["figures"][name]["of"]) for name in FIGURES}
-        # What is shown of it, with the right types.
-        str(self), "".join(self.sources(lambda source: source.get("hub_id") or source["path"] + ""))
 
     @classmethod
     def read(cls, path: Path) -> "Contamination | None":

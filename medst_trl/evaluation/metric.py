@@ -87,12 +87,10 @@ class Metric:
             What it reports, in the order of tables.
         score (`Callable`):
             Takes an [`Answered`] record and the settings. Returns a score from 0 to 1 for each figure in which the
-            record counts, by path.
+            record counts, by path; an empty dict for a record that does not count.
         settings (`type`, *optional*):
             Dataclass of its settings. They become options of `medst evaluate`, so their names must be unique over all
             metrics, and each needs a default.
-        applies (`Callable`, *optional*):
-            Whether a record is scored at all. Every record by default.
         majority (`Callable`, *optional*):
             Takes all records. Returns the percentage that always giving the most frequent answer would score, by path.
     """
@@ -102,14 +100,13 @@ class Metric:
     figures: tuple[Figure, ...]
     score: Callable[[Answered, Any], dict[FigurePath, float]]
     settings: type | None = None
-    applies: Callable[[Answered], bool] = lambda row: True
     majority: Callable[[Sequence[Answered]], dict[FigurePath, float | None]] | None = None
 
 
 METRICS: Registry[Metric] = Registry(
     "metric",
     ("medst_trl.evaluation.metrics",),
-    ("summary", "figures", "score", "applies"),
+    ("summary", "figures", "score"),
     order=lambda metrics: sorted(metrics, key=lambda metric: metric.name != "strict"),  # the one to judge a model by
 )
 

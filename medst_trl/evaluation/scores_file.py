@@ -10,11 +10,10 @@ from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import read_object
 
 from .metric import METRICS, Figure, FigurePath, describe_figures
-from .scoring import figures
+from .scoring import iter_figures
 
 
 SCORES_FILE = "scores.json"
-_FIGURE_KEYS = {"label", "in_card", "in_chart", "higher_is_better"}
 
 Leaf = Mapping[str, Any]
 """A figure in the scores: `value`, `n`, `interval`, perhaps `majority`, `difference` and `difference_interval`."""
@@ -55,9 +54,6 @@ class ScoresFile:
             self.content = content
             described = content.get("figures") or describe_figures([m for m in content["scores"] if m in METRICS])
             self.figures = {(figure["metric"], tuple(figure["path"])): figure for figure in described}
-            for figure in described:
-                if not (figure.keys() >= _FIGURE_KEYS and isinstance(figure["label"], str)):
-                    raise ValueError("not a figure")
             self.scores = _read_scores(content["scores"])
             controls = content.get("controls") or {}
             self.controls = {control: _read_scores(scores) for control, scores in controls.items()}
@@ -77,20 +73,21 @@ class ScoresFile:
         leaf = self.scores.get(metric, {}).get(path)
         return leaf if leaf and leaf["value"] is not None else None
 
+    def about(self, metric: str, path: FigurePath) -> Mapping[str, Any]:
+        """Return the fields of a [`~medst_trl.evaluation.metric.Figure`], if the file describes it."""
+        return self.figures.get((metric, path[2:] if path[0] == "question_types" else path), {})
+
     def label(self, metric: str, path: FigurePath) -> str:
         """Return the name of a figure in tables."""
         if path[0] == "question_types":
             return f"{path[1].replace('_', ' ')}: {self.label(metric, path[2:])}"
-        return self.figures[metric, path]["label"] if (metric, path) in self.figures else Figure(path).label
+        return self.about(metric, path).get("label") or Figure(path).label
 
     def shown(self, metric: str) -> list[FigurePath]:
         """Return the figures of a metric that tables list: those with records, by question type if `by_type`."""
-        return [
-            path
-            for path, leaf in self.scores.get(metric, {}).items()
-            if leaf["n"]
-            if path[0] != "question_types" or self.figures.get((metric, path[2:]), {}).get("by_type")
-        ]
+        leaves = self.scores.get(metric, {})
+        paths = [path for path, leaf in leaves.items() if leaf["n"]]
+        return [path for path in paths if path[0] != "question_types" or self.about(metric, path).get("by_type")]
 
     def for_card(self) -> list[tuple[str, FigurePath, str, Leaf]]:
         """Return metric, path, label and values of the figures that model cards list."""
@@ -154,14 +151,7 @@ def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str,
 
 
 def _read_scores(by_metric: Mapping[str, Any]) -> Scores:
-    """Return the figures of each metric. Raises if a number or an interval is not one."""
-    found = {metric: dict(figures(scores)) for metric, scores in by_metric.items()}
-    for leaf in (leaf for leaves in found.values() for leaf in leaves.values()):
-        for number in (leaf["n"], leaf["value"], leaf.get("majority")):
-            tenths(number)
-        brackets(leaf["interval"])
-        format_change(leaf)
-    return found
+    return {metric: dict(iter_figures(scores)) for metric, scores in by_metric.items()}
 
 
 def _title(scores: Mapping[str, Any]) -> str:

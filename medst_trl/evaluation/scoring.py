@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from operator import mul
 from typing import Any
@@ -84,7 +83,7 @@ def score_vqa(
     ```
     """
     scored = score_records(records, variant, **settings)
-    means = resample(zip(clusters_of(scored), with_types(scored)), bootstrap_samples, seed)
+    means = resample(zip(clusters_of(scored), also_by_type(scored)), bootstrap_samples, seed)
     return summarize(scored, variant, settings, means, {"samples": bootstrap_samples, "seed": seed})
 
 
@@ -126,14 +125,14 @@ def compare_vqa(
     scored = {name: score_records(rows, variant, **settings) for name, rows in sides.items()}
     pairs = [
         {(name, *path): value for name, scores in zip(sides, both) for path, value in scores.items()}
-        for both in zip(*(with_types(rows) for rows in scored.values()))
+        for both in zip(*(also_by_type(rows) for rows in scored.values()))
     ]
     means = resample(zip(clusters_of(scored["real"]), pairs), bootstrap_samples, seed)
 
     bootstrap = {"samples": bootstrap_samples, "seed": seed}
     real_result, result = (summarize(rows, variant, settings, {}, bootstrap) for rows in scored.values())
-    real_figures = dict(figures(real_result))
-    for path, leaf in figures(result):
+    real_figures = dict(iter_figures(real_result))
+    for path, leaf in iter_figures(result):
         value = real_figures.get(path, {}).get("value")
         both = means.get(("real", *path), []), means.get(("control", *path), [])
         differences = [None if None in pair else pair[0] - pair[1] for pair in zip(*both)]
@@ -182,7 +181,7 @@ def summarize(
     }
     types = sorted({row.question_type for row in answered} - {None})
     values = defaultdict(list)
-    for scores in with_types(scored):
+    for scores in also_by_type(scored):
         for path, value in scores.items():
             values[path].append(value)
     for prefix in ((), *(("question_types", kind) for kind in types)):
@@ -202,11 +201,16 @@ def score_records(records: Iterable[Mapping[str, Any]], variant: str, **settings
     own_settings = make_settings(metric, settings)
     answered = []
     for position, record in enumerate(records):
-        with naming(record, position):
+        try:
             answered.append(read_answer(record))
+        except BadRecord as error:
+            name = f"number {position + 1} (without id)" if record.get("id") is None else repr(record["id"])
+            needed = "Each record needs answer, answer_type and prediction." if error.reason.startswith("no ") else ""
+            advice = _ADVICE.get(error.reason, needed)
+            raise UserError(f"Record {name}: {error.reason} ({error.value!r}). {advice}".strip()) from None
     if any(row.question_type is not None for row in answered):
         answered = [row._replace(question_type=row.question_type or NO_TYPE) for row in answered]
-    return [(row, metric.score(row, own_settings) if metric.applies(row) else {}) for row in answered]
+    return [(row, metric.score(row, own_settings)) for row in answered]
 
 
 def read_answer(record: Mapping[str, Any]) -> Answered:
@@ -235,26 +239,13 @@ def read_answer(record: Mapping[str, Any]) -> Answered:
     return Answered(image_id, question_type, answer_type == "closed", answer, str(record["prediction"]), group)
 
 
-@contextmanager
-def naming(record: Mapping[str, Any], position: int) -> Iterator[None]:
-    """Turn a [`BadRecord`] into a [`UserError`] that names the record, by its position if it has no id."""
-    try:
-        yield
-    except BadRecord as error:
-        has_id = record.get("id") is not None
-        name = repr(record["id"]) if has_id else f"number {position + 1} (without id)"
-        needed = "Each record needs answer, answer_type and prediction." if error.reason.startswith("no ") else ""
-        advice = _ADVICE.get(error.reason, needed)
-        raise UserError(f"Record {name}: {error.reason} ({error.value!r}). {advice}".strip()) from None
-
-
 def clusters_of(scored: list[Scored]) -> list[Hashable]:
     """Return what the bootstrap draws for each record: its group or image if every record has one, or the record."""
     clusters = [row.group_id or row.image_id for row, _ in scored]
     return list(range(len(clusters))) if None in clusters else clusters
 
 
-def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
+def also_by_type(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
     """Yield the scores of each record, also under its question type."""
     for row, scores in scored:
         prefix = ("question_types", row.question_type)
@@ -262,13 +253,13 @@ def with_types(scored: Iterable[Scored]) -> Iterator[dict[FigurePath, float]]:
         yield scores | typed
 
 
-def figures(scores: Mapping[str, Any], path: FigurePath = ()) -> Iterator[tuple[FigurePath, dict[str, Any]]]:
+def iter_figures(scores: Mapping[str, Any], path: FigurePath = ()) -> Iterator[tuple[FigurePath, dict[str, Any]]]:
     """Yield all figures in a result of [`score_vqa`], each with its path."""
     for key, value in scores.items():
         if isinstance(value, Mapping) and "interval" in value:
             yield (*path, key), value
         elif isinstance(value, Mapping):
-            yield from figures(value, (*path, key))
+            yield from iter_figures(value, (*path, key))
 
 
 def _nested(result: dict[str, Any], path: FigurePath) -> dict[str, Any]:

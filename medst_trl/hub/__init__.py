@@ -59,8 +59,6 @@ class PushArguments:
             Identifier of a license on the Hub, such as cc-by-4.0.
         revision (`str`, *optional*):
             Branch to push to. It is created if it does not exist.
-        commit_message (`str`, *optional*):
-            Commit message.
         replace_content (`bool`, *optional*, defaults to `False`):
             Replace the other content of a repository that is in use. Older revisions keep it.
         output_dir (`str`, *optional*):
@@ -77,7 +75,6 @@ class PushArguments:
     base_model_name_or_path: str | None = None
     license: str | None = None
     revision: str | None = None
-    commit_message: str | None = None
     replace_content: bool = False
     output_dir: str | None = None
     overwrite: bool = False

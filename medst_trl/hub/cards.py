@@ -60,7 +60,6 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
     data = DatasetCardData(
         license=license,
         pretty_name=_title(repo_id),
-        size_categories=[_size(sum(split["rows"] for split in splits))],
         task_categories=["visual-question-answering"] if contents.kind != "images" else None,
         tags=["medst_trl", "medical", "trl", *(["preference", "dpo"] if "chosen" in columns else [])],
         configs=[{"config_name": "default", "data_files": files}],
@@ -105,9 +104,17 @@ def model_card(
         eval_results=[score for name, file in clean for score in _for_hub(name, file)] or None,
         **{KIND: contents.kind},
     )
-    values = {"kind": contents.kind, "base_model": base_model, "merged": merged, "results": results}
-    values |= {"is_plain": is_plain(contents), "has_training_images": TRAINING_IMAGES_FILE in contents.files}
-    values |= {"describe": _describe, "explanation": EXPLANATION, "number_of": number_of}
+    values = {
+        "kind": contents.kind,
+        "base_model": base_model,
+        "merged": merged,
+        "results": results,
+        "is_plain": is_plain(contents),
+        "has_training_images": TRAINING_IMAGES_FILE in contents.files,
+        "describe": _describe,
+        "explanation": EXPLANATION,
+        "number_of": number_of,
+    }
     return _render("model.md", data, repo_id, steps, values)
 
 
@@ -157,11 +164,6 @@ def _split(directory: Path, split: str) -> dict[str, Any]:
     ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
     images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
     return about | {"images": images}
-
-
-def _size(rows: int) -> str:
-    limits = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
-    return next((name for name, limit in limits if rows < limit), "10M<n<100M")
 
 
 def _title(repo_id: str) -> str:

@@ -19,7 +19,6 @@ from medst_trl.base.hub_ids import is_hub_id, looks_local, public_name, split_re
 from medst_trl.data.loading import split_files, splits_in
 from medst_trl.data.schema import kind_of
 from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE, nearest_record, training_images, write_training_images
-from medst_trl.pipeline.stage import STAGES
 
 
 # The files of a processor. Nothing else of a stage's directory is published: records, checkpoints and logs stay.
@@ -84,8 +83,7 @@ def find_contents(directory: Path) -> Contents:
     if splits_in(directory):
         return _dataset(directory)
     datasets = [child for child in sorted(directory.iterdir()) if child.is_dir() and splits_in(child)]
-    only_outputs = {stage.outputs[0].directory for stage in STAGES.values() if len(stage.outputs) == 1}
-    if len(datasets) == 1 and datasets[0].name in only_outputs:
+    if len(datasets) == 1:
         return _dataset(datasets[0])
     if datasets:
         raise UserError(f"{directory} holds several datasets. Push one of them: {', '.join(map(str, datasets))}.")

@@ -157,7 +157,7 @@ def _upload(args: PushArguments, contents: Contents, staging: Path) -> Pushed:
         card = staging / "README.md"
         api.upload_file(path_or_fileobj=card, path_in_repo=card.name, commit_message="Add the card", **target)
     patterns = ["*"] if args.replace_content else REPLACED[contents.repo_type]
-    message = args.commit_message or f"Upload {contents.title} with medst_trl"
+    message = f"Upload {contents.title} with medst_trl"
     api.upload_folder(folder_path=staging, commit_message=message, delete_patterns=patterns, **target)
     sizes = [path.stat().st_size for path in staging.rglob("*") if path.is_file()]
     return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
@@ -171,7 +171,7 @@ def _open_repository(api: HfApi, repo_id: str, repo_type: str, revision: str | N
             f"{repo_id} is public, and pushes are private by default. Make the repository private in its settings, "
             "push to another one, or publish with --private false."
         )
-    if revision is not None and not api.revision_exists(repo_id, revision, repo_type=repo_type):
+    if revision is not None:
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     return str(url)
 

@@ -132,12 +132,12 @@ def bar_chart(
     x = _Axis(low, high, left, right, widen=limits is None and axis)
     top = 46 if unit else 30
     end = top + ROW * len(bars) + 7
-    names = list(dict.fromkeys(bar.name for bar in bars if not bar.muted))
     description = f"{unit + '. ' if unit else ''}{title}: {', '.join(bar.label(digits) for bar in bars)}."
-    return _draw(
-        title, unit, description, end + 20 * axis + 18 * bool(legend) + 2, x, bars=bars, names=names, top=top, end=end,
-        row=ROW, letters=int((x.start - 8) / LETTER) + 1, mark=marked, legend=legend, digits=digits, axis=axis,
-    )  # fmt: skip
+    height = end + 20 * axis + 18 * bool(legend) + 2
+    layout = {"top": top, "end": end, "row": ROW, "letters": int((x.start - 8) / LETTER) + 1, "axis": axis}
+    names = list(dict.fromkeys(bar.name for bar in bars if not bar.muted))
+    values = {"bars": bars, "names": names, "mark": marked, "legend": legend, "digits": digits}
+    return _draw(title, unit, description, height, x, **layout, **values)
 
 
 def _draw(title: str, unit: str, description: str, height: float, x: "_Axis", **values: Any) -> Markup:
@@ -171,14 +171,9 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> Iterator[tuple[float, str]]:
-        """Positions and labels of the ticks, with the decimals that the step needs."""
-        digits = max(0, math.ceil(-math.log10(self.step) - 1e-9))
-        if round(self.step, digits) != round(self.step, digits + 2):  # steps of 2.5
-            digits += 1
-        is_extreme = self.step < 1e-4 or abs(self.values[-1]) >= 1e6
+        """Positions and labels of the ticks."""
         for value in (value for value in self.values if self.low <= value <= self.high):
-            label = f"{value:.1e}".replace("-", "−") if is_extreme else number(round(value, digits) + 0.0, digits)
-            yield self(value), label
+            yield self(value), f"{value:,g}".replace("-", "−")
 
 
 def _keep_apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:

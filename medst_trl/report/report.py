@@ -3,7 +3,7 @@
 """A self-contained HTML page about a run: no network, no script, no other file, no path of this machine."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import Any
 from medst_trl import __version__
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_text
-from medst_trl.evaluation.contamination import CONTAMINATION_FILE, EXPLANATION, Contamination
+from medst_trl.evaluation.contamination import EXPLANATION
+from medst_trl.evaluation.metric import METRICS
 
 from . import ReportArguments
 from .curves import displacement, final_values, read_log, training_charts
 from .flow import Judging, data_flow, missing_stages, read_judgings, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
-from .scores import Comparison, read_comparisons
-from .text import environment, is_number, number, percent, relative_path, without_paths
+from .scores import read_comparisons
+from .text import environment, is_number, relative_path, without_paths
 
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognized and can be replaced
@@ -60,9 +61,9 @@ class Round:
     @property
     def kept(self) -> int:
         """The preference pairs to train on: those that were judged, without what the judge's stage left out then."""
-        counts = self.judge.counts.get("preferences") if self.judge else None
-        splits = [split for split in counts.values() if isinstance(split, dict)] if isinstance(counts, dict) else []
-        pairs = [split["pairs"] for split in splits if is_number(split.get("pairs"))]
+        counts = self.judge.counts.get("preferences")
+        splits = counts.values() if isinstance(counts, dict) else ()
+        pairs = [split["pairs"] for split in splits if isinstance(split, dict) and is_number(split.get("pairs"))]
         return sum(pairs) if pairs else self.judging.statistics["judged"]
 
 
@@ -101,9 +102,19 @@ def make_report(args: ReportArguments) -> Report:
     numbers = sorted({one.round for one in run.select(lambda stage: stage.repeats)})
     rounds = [Round(run, number, judgings, args.gallery) for number in numbers]
     missing = missing_stages(run)
+    for comparison in comparisons:
+        if labels := [one.label for one in comparison.evaluations if one.contamination.is_contaminated]:
+            run.notes.append(
+                f"The training data of {' and '.join(labels)} contains parts of the benchmark {comparison.benchmark}, "
+                "so these scores can be too high: see Contamination."
+            )
     if not (comparisons or judgings):
         waiting = ", ".join([*(stage.name for stage in run.stages if stage.state != "complete"), *missing])
         run.notes.append(f"There are no scores and no judged pairs yet. Not finished or missing: {waiting}.")
+
+    def name_of(source: Mapping[str, Any]) -> str:
+        return source.get("hub_id") or relative_path(source["path"], run.directory)
+
     page = {
         "title": args.title or run.directory.name,
         "run": run,
@@ -113,12 +124,13 @@ def make_report(args: ReportArguments) -> Report:
         "settings": [(stage, settings(run, stage)) for stage in run.stages],
         "missing": missing,
         "comparisons": comparisons,
-        "contamination": [contamination_table(run, comparison) for comparison in comparisons],
         "contamination_explained": EXPLANATION,
+        "name_of": name_of,
+        "summaries": {metric.name: metric.summary for metric in METRICS.values()},
         "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, args.gallery))],
         "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
         "rounds": rounds,
-        "round_rows": round_rows(rounds, comparisons),
+        "trained_figures": _TRAINED,
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
@@ -142,54 +154,6 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, report.html)
     return path
-
-
-def round_rows(rounds: Sequence[Round], comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
-    """
-    Return the rows that compare rounds (judge, training and scores): a figure and its value in each round as text,
-    empty if the round has none. Rows without any value are left out.
-    """
-    judged = [one.judging.statistics if one.judging else None for one in rounds]
-    rows = [
-        ("preference pairs kept", [number(one.kept) if one.judging else "" for one in rounds]),
-        ("verdicts that flip with the order", [percent(one["flip_rate"]) if one else "" for one in judged]),
-    ]
-    trained = [one.trainings[0]["final_values"] if one.trainings else {} for one in rounds]
-    for name, key in _TRAINED.items():
-        rows.append((name, [number(values[key], 3) if key in values else "" for values in trained]))
-    for comparison in comparisons:
-        for metric, path in comparison.charted():
-            found = [(e.round, e.file.leaf(metric, path)) for e in comparison.evaluations if e.level >= 0]
-            last = {number: leaf for number, leaf in found if leaf}
-            cells = [number(last[one.number]["value"], 1) if one.number in last else "" for one in rounds]
-            rows.append((f"{comparison.label(metric, path)} on {comparison.benchmark}, %", cells))
-    return [(name, cells) for name, cells in rows if any(cells)]
-
-
-def contamination_table(run: Run, comparison: Comparison) -> dict[str, Any]:
-    """
-    Return what a benchmark shares with the training data of each evaluated model: for each figure its label and the
-    text of each evaluation (`rows`), and for each dataset what it is and the label of the evaluation (`sources`).
-    What was found is noted on the run.
-    """
-    labeled = [
-        (one.label, Contamination.read(one.directory / CONTAMINATION_FILE) or Contamination())
-        for one in comparison.evaluations
-    ]
-
-    def name_of(source: Mapping[str, Any]) -> str:
-        return source.get("hub_id") or relative_path(source["path"], run.directory)
-
-    if labels := [label for label, found in labeled if found.is_contaminated]:
-        run.notes.append(
-            f"The training data of {' and '.join(labels)} contains parts of the benchmark {comparison.benchmark}, so "
-            "these scores can be too high: see Contamination."
-        )
-    return {
-        "comparison": comparison,
-        "rows": list(zip(*(found.rows() for _, found in labeled))),
-        "sources": [(label, text) for label, found in labeled for text in found.sources(name_of)],
-    }
 
 
 def _training(run: Run, stage: StageRun) -> dict[str, Any]:

@@ -13,14 +13,18 @@ from typing import Any
 from markupsafe import Markup
 
 from medst_trl.base.errors import UserError
+from medst_trl.evaluation.contamination import CONTAMINATION_FILE, Contamination
 from medst_trl.evaluation.metric import METRICS, FigurePath, setting_names
 from medst_trl.evaluation.predictions import OWN_FORMAT, PREDICTIONS_FILE, read_predictions
 from medst_trl.evaluation.scores_file import Leaf, Scores, ScoresFile, align, format_change, score_files, tenths
-from medst_trl.evaluation.scoring import compare_vqa, figures
+from medst_trl.evaluation.scoring import compare_vqa, iter_figures
 
 from .charts import Bar, bar_chart
 from .run_directory import Run, StageRun
 from .text import relative_path, sentence, words
+
+
+PREFERENCE, SUPERVISED, BASE, EXTERNAL = 2, 1, 0, -1  # the last training of the run that led to a model
 
 
 class Evaluation:
@@ -37,10 +41,12 @@ class Evaluation:
         label (`str`): `"aligned"`, `"round 2/aligned"`: its directory without what all have in common.
         run ([`StageRun`]): The stage that wrote it.
         trained (`list` of [`StageRun`]): The training stages of the run that led to the model, the last one first.
-        level (`int`): 2 after preference training, 1 after supervised training only, 0 for a model that the run did
-            not train, -1 if that is on a server or its predictions were given.
+        level (`int`): `PREFERENCE` or `SUPERVISED`, `BASE` for a model that the run did not train, `EXTERNAL` if that
+            is on a server or its predictions were given.
         round (`int`): The round that made the model.
-        age (`tuple`): Key to sort by: the model that training started from first, others by level, -1 last.
+        contamination ([`~medst_trl.evaluation.contamination.Contamination`]): What the benchmark shares with the
+            training data of the model.
+        sort_key (`tuple`): The model that training started from is first, others follow by level, `EXTERNAL` last.
         benchmark (`str`): The benchmark, in words.
         key (`tuple`): Data and split by content: evaluations of one key can be compared.
         changes (`dict`): Metric and path to a figure with `difference` and `difference_interval`, against the
@@ -61,10 +67,13 @@ class Evaluation:
         is_base = any(_model_names(stage) & _model_names(training) for training in trainings)
         item = stage.stage.input("model_name_or_path")
         is_loaded = item is not None and bool(item.names(stage.settings))  # neither on a server nor a predictions file
-        is_other = not (made or is_base or is_loaded)
-        self.level = 2 if any(one.stage.repeats for one in self.trained) else 1 if self.trained else -is_other
+        if self.trained:
+            self.level = PREFERENCE if any(one.stage.repeats for one in self.trained) else SUPERVISED
+        else:
+            self.level = BASE if made or is_base or is_loaded else EXTERNAL
         order = run.stages.index(made[0]) if made else 0
-        self.age = (is_other, self.level, not is_base, self.round, order, stage.started)
+        self.sort_key = (self.level == EXTERNAL, self.level, not is_base, self.round, order, stage.started)
+        self.contamination = Contamination.read(directory / CONTAMINATION_FILE) or Contamination()
         self.benchmark = relative_path(source, run.directory) + (f", split {split}" if split else "")
         self.key = (data.get("sha256") or data.get("revision") or source, split)
         self.changes: dict[tuple[str, FigurePath], Leaf] = {}
@@ -76,7 +85,7 @@ class Comparison:
 
     Args:
         run ([`Run`]): The run.
-        evaluations (`list` of [`Evaluation`]): Sorted by age.
+        evaluations (`list` of [`Evaluation`]): Sorted by their `sort_key`.
         bootstrap_samples (`int`): Bootstrap samples for the intervals of differences.
 
     Attributes:
@@ -96,8 +105,9 @@ class Comparison:
                 evaluation.label = f"round {number}"
         rank = max((e.level, e.round) for e in evaluations)
         newest = [e for e in evaluations if (e.level, e.round) == rank]
-        self.headline = newest[0 if rank[0] == 2 else -1]
-        supervised = [e for e in evaluations if e.level == 1 and self.headline.level == 2]
+        is_aligned = rank[0] == PREFERENCE
+        self.headline = newest[0] if is_aligned else newest[-1]  # later preference trainings of a round are ablations
+        supervised = [e for e in evaluations if is_aligned and e.level == SUPERVISED]
         ancestors = [e for e in supervised if e.trained == self.headline.trained[-len(e.trained) :]]
         self.before = (ancestors[-1:] or supervised or evaluations)[0]
         self.metrics = list(dict.fromkeys(metric for e in evaluations for metric in e.file.scores))
@@ -105,32 +115,20 @@ class Comparison:
             evaluation.changes = _changes(run, self.before, evaluation, bootstrap_samples)
         self.compared = [evaluation for evaluation in evaluations if evaluation.changes]
 
-    def first(self, metric: str, path: FigurePath) -> Evaluation:
-        """The first evaluation that has a figure, for its label, n and majority baseline."""
-        return next(e for e in self.evaluations if path in e.file.scores.get(metric, {}))
-
-    def label(self, metric: str, path: FigurePath) -> str:
-        return self.first(metric, path).file.label(metric, path)
+    def first(self, metric: str, path: FigurePath) -> ScoresFile:
+        """The first file that has a figure, for its label, n and majority baseline."""
+        return next(e.file for e in self.evaluations if path in e.file.scores.get(metric, {}))
 
     def is_better(self, metric: str, path: FigurePath, change: float) -> bool:
-        path = path[2:] if path[0] == "question_types" else path
-        figure = self.first(metric, path).file.figures.get((metric, path), {})
-        return (change > 0) == figure.get("higher_is_better", True)
-
-    def title(self, metric: str) -> str:
-        """The name of a metric, and what it measures if it is registered."""
-        return words(metric) + (f" ({METRICS.get(metric).summary})" if metric in METRICS else "")
+        return (change > 0) == self.first(metric, path).about(metric, path).get("higher_is_better", True)
 
     def rows(self, metric: str) -> list[FigurePath]:
         """Figures that any evaluation lists, those of question types last."""
         found = dict.fromkeys(path for evaluation in self.evaluations for path in evaluation.file.shown(metric))
         return sorted(found, key=lambda path: path[0] == "question_types")
 
-    def leaf(self, metric: str, path: FigurePath) -> Leaf:
-        return self.first(metric, path).file.scores[metric][path]
-
     def has_majority(self, metric: str) -> bool:
-        return any("majority" in self.leaf(metric, path) for path in self.rows(metric))
+        return any("majority" in self.first(metric, path).scores[metric][path] for path in self.rows(metric))
 
     def controls(self) -> list[str]:
         return list(dict.fromkeys(control for evaluation in self.evaluations for control in evaluation.file.controls))
@@ -140,9 +138,14 @@ class Comparison:
         found: dict[FigurePath, str] = {}
         for metric in self.metrics:
             for path in self.rows(metric):
-                if self.first(metric, path).file.figures.get((metric, path), {}).get("in_chart"):
+                if path[0] != "question_types" and self.first(metric, path).about(metric, path).get("in_chart"):
                     found.setdefault(path, metric)
         return [(metric, path) for path, metric in found.items()]
+
+    def last_by_round(self, metric: str, path: FigurePath) -> dict[int, Leaf]:
+        """Return a figure of the last evaluation of each round."""
+        found = [(e.round, e.file.leaf(metric, path)) for e in self.evaluations if e.level != EXTERNAL]
+        return {number: leaf for number, leaf in found if leaf}
 
     def charts(self) -> Iterator[Markup]:
         """Draw a chart for each figure, with the headline's controls and the majority baseline."""
@@ -150,8 +153,9 @@ class Comparison:
             bars = [_bar(e.label, e.file.scores, metric, path) for e in self.evaluations]
             controls = self.headline.file.controls.items()
             bars += [_bar(f"{control} images", scores, metric, path, muted=True) for control, scores in controls]
-            leaf, unit = self.leaf(metric, path), f"percent ({words(metric)}), with 95% intervals"
-            title = f"{sentence(self.label(metric, path))}, {leaf['n']:,} questions"
+            first, unit = self.first(metric, path), f"percent ({words(metric)}), with 95% intervals"
+            leaf = first.scores[metric][path]
+            title = f"{sentence(first.label(metric, path))}, {leaf['n']:,} questions"
             mark = None if leaf.get("majority") is None else (leaf["majority"], "majority baseline")
             yield bar_chart(title, list(filter(None, bars)), unit=unit, limits=(0, 100), mark=mark)
 
@@ -163,8 +167,9 @@ class Comparison:
         for path in self.rows(metric):
             values = [(e.file.leaf(metric, path) or {}).get("value") for e in self.evaluations]
             changes = [format_change(e.changes.get((metric, path), {})) for e in self.compared]
-            n = str(self.leaf(metric, path)["n"])
-            rows.append([self.label(metric, path), n, *map(tenths, values), *changes])
+            first = self.first(metric, path)
+            n = str(first.scores[metric][path]["n"])
+            rows.append([first.label(metric, path), n, *map(tenths, values), *changes])
         return "\n".join([f"{self.benchmark} ({words(metric)}, %, differences with 95% intervals)", *align(rows)])
 
 
@@ -190,7 +195,7 @@ def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
         if not any(evaluation.run is stage for evaluation in found):
             run.notes.append(f"{stage.name} has no scores yet ({stage.state}).")
     groups: dict[tuple, list[Evaluation]] = {}
-    for evaluation in sorted(found, key=lambda evaluation: evaluation.age):
+    for evaluation in sorted(found, key=lambda evaluation: evaluation.sort_key):
         groups.setdefault(evaluation.key, []).append(evaluation)
     comparisons = [Comparison(run, group, bootstrap_samples) for group in groups.values()]
     return sorted(comparisons, key=lambda comparison: -comparison.headline.level)
@@ -233,5 +238,5 @@ def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples:
                 "difference is shown."
             )
             return {}
-        changes |= {(metric, path): leaf for path, leaf in figures(compared)}
+        changes |= {(metric, path): leaf for path, leaf in iter_figures(compared)}
     return changes

@@ -85,11 +85,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_pair(value: Any) -> bool:
-    """Whether a value is a list of two items."""
-    return isinstance(value, list) and len(value) == 2
-
-
 def percent(share: float | None) -> str:
     """Format a share in percent; a dash for None."""
     return "–" if share is None else f"{share:.1%}"
@@ -121,5 +116,4 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {f.__name__: f for f in (clean, cut, duration, number, percent, score, sentence, words)}
-    templates.tests["pair"] = is_pair
     return templates

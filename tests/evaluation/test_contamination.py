@@ -227,10 +227,8 @@ def test_nothing_known_is_no_warning():
 @pytest.mark.parametrize(
     "damaged",
     [
-        "", "[]", "{}", '{"figures": {}, "compared": []}', json.dumps(content() | {"compared": [3]}),
-        json.dumps(content() | {"compared": [{"path": 3, "images": 1, "stage": "", "not_checked": {}}]}),
-        json.dumps(content() | {"compared": [{"path": "x", "images": 1, "stage": "", "not_checked": {"x": ""}}]}),
-        json.dumps(content(exact={"n": "3", "of": 1})),
+        "", "[]", "{}", '{"figures": {}, "compared": []}', json.dumps(content() | {"figures": 3}),
+        json.dumps(content(exact={"n": 3})),
     ],
 )  # fmt: skip
 def test_a_damaged_file_counts_as_missing(tmp_path, damaged):

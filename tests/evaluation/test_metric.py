@@ -27,7 +27,7 @@ class BrevitySettings:
 
 
 def score(row, settings):
-    return {("short",): float(len(row.prediction.split()) <= settings.max_words)}
+    return {} if row.closed else {("short",): float(len(row.prediction.split()) <= settings.max_words)}
 
 
 METRICS.register(
@@ -37,7 +37,6 @@ METRICS.register(
         figures=(Figure(("short",), label="short answers", in_card=True, in_chart=True),),
         score=score,
         settings=BrevitySettings,
-        applies=lambda row: not row.closed,
     )
 )
 """

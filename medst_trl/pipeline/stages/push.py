@@ -68,6 +68,6 @@ STAGE = Stage(
     main=main,
     plan=plan,
     inputs=(Input("source", FILE), Input("evaluation", FILE)),
-    operational=frozenset({"commit_message", "run"}),
+    operational=frozenset({"run"}),
 )
 STAGES.register(STAGE)
