@@ -35,7 +35,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -333,17 +332,18 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     file, options = take(options, "config")
     config, options = take(options, "accelerate_config")
     number, options = take(options, "num_processes")
+    unknown = [*words, *(word for option in options if (word := option.name) not in parser._option_string_actions)]
+    if unknown:
+        near = closest(unknown[0], [f"--{key}" for key in actions_of(parser)])
+        raise UserError(f"{name}: unknown option {unknown[0]!r}.{near} See `{name} --help`.")
     step = step_of_file(stage, file) if file else Step(stage, stage.name, {}, name)
     config = config or step.accelerate_config
     num_processes = as_count(number, "num_processes", name) or step.num_processes
-    own = [option for option in options if not option.target and f"--{option.key}" in parser._option_string_actions]
-    launch_options = _launch_options(stage, parser, words, [option for option in options if option not in own])
-    if (config or num_processes or launch_options) and not stage.distributed:
-        raise UserError(f"{name} runs in a single process and takes no options of accelerate launch.")
-    if not launch.is_launched() and (config or num_processes or launch_options):
-        program = ["medst_trl.cli", stage.name, *argv]
-        return launch.run(*launch.launch_command(program, config, num_processes, launch_options))
-    _run(replace(step, where=name, accelerate_config=config, num_processes=num_processes), own)
+    if (config or num_processes) and not stage.distributed:
+        raise UserError(f"{name} runs in a single process and takes neither accelerate_config nor num_processes.")
+    if (config or num_processes) and not launch.is_launched():
+        return launch.run(*launch.launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes))
+    _run(replace(step, where=name, accelerate_config=config, num_processes=num_processes), options)
     leave_peers()
     return 0
 
@@ -370,20 +370,6 @@ def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
     push = PushAfterStage(stage.published, arguments)
     stage.main(*(item for item in arguments if not isinstance(item, HubArguments)))
     push.run()
-
-
-def _launch_options(stage: Stage, parser: ArgumentParser, words: list[str], options: list[Option]) -> list[str]:
-    """Return the options that are not settings of the stage. All must be options of `accelerate launch`."""
-    known = {}
-    if stage.distributed and options:
-        from accelerate.commands.launch import launch_command_parser
-
-        known = launch_command_parser()._option_string_actions
-    names = [option.as_words()[0].partition("=")[0] for option in options]
-    if unknown := [*words, *(name for name in names if name not in known)]:
-        near = closest(unknown[0], [f"--{key}" for key in actions_of(parser)]) or closest(unknown[0], known)
-        raise UserError(f"medst {stage.name}: unknown option {unknown[0]!r}.{near}")
-    return words_of(options)
 
 
 # medst recipes

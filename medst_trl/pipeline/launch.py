@@ -19,13 +19,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from medst_trl.base.errors import UserError, closest, located, number_of
-from medst_trl.base.processes import NOT_DISTRIBUTED, cores, launched_kind, stop_signals, world_size
+from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED, cores, launched_kind, stop_signals, world_size
 
-from .options import as_count
 from .recipe_files import read_yaml
 
 
@@ -42,40 +40,45 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # set 
 
 
 @dataclass(frozen=True)
-class AccelerateConfig:
+class Hardware:
     """
-    The settings of an accelerate configuration that matter here.
+    What a stage runs on, by its accelerate configuration.
 
     Args:
-        name (`str`): Its name or path, as given.
-        kind (`str`): How processes share the work, as in [`launched_kind`].
-        num_processes (`int`, *optional*): Number of processes.
-        use_cpu (`bool`): Whether it runs on CPUs.
-        num_machines (`int`): Number of machines.
-        has_port (`bool`): Whether it sets the port at which processes meet.
+        config (`str`): Name or path of the configuration.
+        kind (`str`): How the processes share the work, as in [`launched_kind`].
+        processes (`int`, *optional*): Number of processes, each with a GPU if `on_gpu`; None: one for each GPU.
+        on_gpu (`bool`): Whether it runs on GPUs.
+        machines (`int`): Number of machines.
+        has_port (`bool`): Whether the configuration sets the port at which processes meet.
+        shortages (`tuple[str, ...]`): What this machine lacks for it, in a plan.
     """
 
-    name: str
+    config: str
     kind: str
-    num_processes: int | None = None
-    use_cpu: bool = False
-    num_machines: int = 1
+    processes: int | None
+    on_gpu: bool
+    machines: int = 1
     has_port: bool = False
+    shortages: tuple[str, ...] = ()
 
-    def kind_on(self, num_processes: int | None) -> str:
-        """
-        Return how that number of processes shares the work.
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.kind.startswith("DeepSpeed")
 
-        Raises:
-            UserError: if the configuration is for one process, because accelerate would silently start one.
-        """
-        if self.kind != NOT_DISTRIBUTED or (num_processes or 1) == 1:
-            return self.kind
-        if not self.use_cpu:
-            raise UserError(
-                f"accelerate_config {self.name} is for one process, not for {num_processes}: use multi_gpu."
-            )
-        return "DDP"
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the weights themselves are sharded, not only gradients and optimizer."""
+        return self.kind.startswith(SHARDED)
+
+    @property
+    def device(self) -> str:
+        return "GPU" if self.on_gpu else "process"
+
+    @property
+    def devices(self) -> str:
+        """Number and name of the devices, for example `4 GPUs`."""
+        return number_of(self.processes, self.device)
 
 
 def find_config(name_or_path: str) -> Path:
@@ -106,22 +109,33 @@ def has_deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
-def read_config(name_or_path: str) -> AccelerateConfig:
-    """Read an accelerate configuration; see [`find_config`]."""
+def read_config(name_or_path: str, num_processes: int | None = None) -> Hardware:
+    """
+    Read an accelerate configuration, by default for its own number of processes; see [`find_config`].
+
+    Raises:
+        UserError: for several processes and a configuration for one, because accelerate would silently start one.
+    """
     content = read_yaml(find_config(name_or_path))
-    given = str(content.get("distributed_type", "NO"))
-    kind = given
-    if given in ("NO", "MULTI_CPU"):  # for MULTI_CPU, too, accelerate starts a single process
-        kind = NOT_DISTRIBUTED
-    elif given == "DEEPSPEED":
+    kind = str(content.get("distributed_type", "NO"))
+    processes = num_processes or content.get("num_processes")
+    on_gpu = not content.get("use_cpu") and kind != "MULTI_CPU"
+    if kind in ("NO", "MULTI_CPU"):  # for MULTI_CPU, too, accelerate starts a single process
+        kind, processes = NOT_DISTRIBUTED, processes or 1
+        if processes > 1 and on_gpu:
+            raise UserError(
+                f"accelerate_config {name_or_path} is for one process, not for {processes}: use multi_gpu."
+            )
+        if processes > 1:
+            name_or_path, kind = "multi_gpu", "DDP"
+    elif kind == "DEEPSPEED":
         kind = f"DeepSpeed ZeRO-{(content.get('deepspeed_config') or {}).get('zero_stage', 2)}"
-    elif given == "FSDP":
+    elif kind == "FSDP":
         kind = f"FSDP{(content.get('fsdp_config') or {}).get('fsdp_version', 1)}"
-    elif given.startswith("MULTI_"):
+    elif kind.startswith("MULTI_"):
         kind = "DDP"
-    use_cpu = bool(content.get("use_cpu")) or given == "MULTI_CPU"
     machines, has_port = content.get("num_machines") or 1, bool(content.get("main_process_port"))
-    return AccelerateConfig(name_or_path, kind, content.get("num_processes"), use_cpu, machines, has_port)
+    return Hardware(name_or_path, kind, processes, on_gpu, machines, has_port)
 
 
 def gpu_count() -> int:
@@ -134,7 +148,7 @@ def gpu_count() -> int:
 
 
 def launch_command(
-    program: Sequence[str], config: str | None, num_processes: int | None = None, options: Sequence[str] = ()
+    program: Sequence[str], config: str | None, num_processes: int | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """
     Return the command and environment that run a Python module under accelerate.
@@ -146,51 +160,45 @@ def launch_command(
             Name or path of the accelerate configuration; None to choose one for this machine.
         num_processes (`int`, *optional*):
             Number of processes. By default the configuration's, or one for each GPU.
-        options (sequence of `str`, *optional*):
-            Further options of `accelerate launch`, as `["--name", "value"]`.
 
     Raises:
         UserError: if the machine lacks the GPUs or packages that it needs.
     """
-    requested = read_config(config or default_config(num_processes))
-    given = dict(pairwise(options))
-    machines = as_count(given.get("--num_machines"), "num_machines", "medst") or requested.num_machines
-    num_processes = num_processes or requested.num_processes or _one_for_each_gpu(requested) * machines
-    if requested.kind_on(num_processes) != requested.kind:  # several processes on CPUs
-        requested = AccelerateConfig("multi_gpu", "DDP", use_cpu=True, has_port=requested.has_port)
-    if requested.kind.startswith("DeepSpeed") and not has_deepspeed():
-        raise UserError(f'accelerate_config {requested.name} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
-    environment = dict(os.environ)
-    if requested.kind != NOT_DISTRIBUTED and (requested.use_cpu or not gpu_count()):
-        environment |= _on_cpus(requested)
-        options = ["--mixed_precision", "no", *options]
-    cores_each = cores() // max(1, num_processes // machines)
+    hardware = read_config(config or default_config(num_processes), num_processes)
+    processes = hardware.processes or _one_for_each_gpu(hardware) * hardware.machines
+    if hardware.is_deepspeed and not has_deepspeed():
+        raise UserError(f'accelerate_config {hardware.config} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
+    environment, options = dict(os.environ), ["--num_processes", str(processes)]
+    if hardware.kind != NOT_DISTRIBUTED and not (hardware.on_gpu and gpu_count()):
+        environment |= _on_cpus(hardware)
+        options += ["--mixed_precision", "no"]
+    cores_each = cores() // max(1, processes // hardware.machines)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_each)))  # accelerate's own default is 1
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save a checkpoint after a signal
-    if machines == 1 and not requested.has_port and "--main_process_port" not in given:
-        options = ["--main_process_port", "0", *options]  # a free one, so that two runs can share a machine
-    command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(requested.name))]
-    return [*command, "--num_processes", str(num_processes), *options, "-m", *program], environment
+    if hardware.machines == 1 and not hardware.has_port:
+        options += ["--main_process_port", "0"]  # a free one, so that two runs can share a machine
+    command = [sys.executable, "-m", "medst_trl.pipeline.launch", "--config_file", str(find_config(hardware.config))]
+    return [*command, *options, "-m", *program], environment
 
 
-def _one_for_each_gpu(config: AccelerateConfig) -> int:
+def _one_for_each_gpu(hardware: Hardware) -> int:
     gpus = gpu_count()
-    if gpus == 0 or (config.kind == "DDP" and gpus == 1):
+    if gpus == 0 or (hardware.kind == "DDP" and gpus == 1):
         raise UserError(
-            f"accelerate_config {config.name} divides the work among GPUs, and this machine has {gpus or 'none'}. "
+            f"accelerate_config {hardware.config} divides the work among GPUs, and this machine has {gpus or 'none'}. "
             f"Use {default_config()}, or give the number of processes: --num_processes 2."
         )
     return gpus
 
 
-def _on_cpus(config: AccelerateConfig) -> dict[str, str]:
+def _on_cpus(hardware: Hardware) -> dict[str, str]:
     """Environment variables that processes without a GPU need."""
-    if config.kind.startswith("FSDP"):
+    if hardware.kind.startswith("FSDP"):
         raise UserError(
-            f"accelerate_config {config.name} divides the weights among GPUs, and this machine has none: accelerate "
-            "would silently ignore FSDP. Use cpu, or zero2."
+            f"accelerate_config {hardware.config} divides the weights among GPUs, and this machine has none: "
+            "accelerate would silently ignore FSDP. Use cpu, or zero2."
         )
-    if config.kind.startswith("DeepSpeed"):
+    if hardware.is_deepspeed:
         # With ACCELERATE_USE_CPU, which the user may have set, accelerate would ignore DeepSpeed.
         return {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
     return {"ACCELERATE_USE_CPU": "true"}
@@ -271,10 +279,9 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
     running = f"{number_of(world_size(), 'process')}, {launched_kind()}"
     hint = "Use `medst run`, or the requested launcher."
     if config is not None:
-        requested = read_config(config)
-        num_processes = num_processes or requested.num_processes
         with located(where):
-            kind = requested.kind_on(num_processes)
+            requested = read_config(config, num_processes)
+        kind, num_processes = requested.kind, requested.processes
         if kind != launched_kind():
             raise UserError(f"{where}: accelerate_config {config} is for {kind}, but this runs as {running}. {hint}")
     if num_processes is not None and num_processes != world_size():

@@ -39,15 +39,18 @@ class Option:
     key: str
     value: Any
 
+    @property
+    def name(self) -> str:
+        return f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
+
     def as_words(self) -> list[str]:
         """The option as words of another command line."""
-        name = f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
         if isinstance(self.value, list):
-            return [name, *self.value]
+            return [self.name, *self.value]
         if self.value is True:
-            return [name]
+            return [self.name]
         is_option = self.value.startswith("-") or _opens_option(self.value)
-        return [f"{name}={self.value}"] if is_option else [name, self.value]
+        return [f"{self.name}={self.value}"] if is_option else [self.name, self.value]
 
 
 def words_of(options: Iterable[Option]) -> list[str]:

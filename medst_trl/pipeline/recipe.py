@@ -357,7 +357,7 @@ class Recipe:
 
     def _check_option(self, option: Option, chosen: Sequence[_PendingStep]) -> None:
         """Check that an option for a section names a section, and a setting if that section is chosen."""
-        name, target = f"--{option.target}.{option.key}", option.target
+        name, target = option.name, option.target
         if target is None:
             return
         if target not in self.labels:

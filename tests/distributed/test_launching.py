@@ -124,11 +124,11 @@ def test_sharding_that_accelerate_ignores_is_an_error(monkeypatch, kind):
 # The command and environment with which `medst` starts its processes
 
 
-def launched(monkeypatch, config, count, options=(), gpus=0, **environment):
+def launched(monkeypatch, config, count, gpus=0, **environment):
     monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
     monkeypatch.setattr(launch, "has_deepspeed", lambda: True)
     monkeypatch.setattr(os, "environ", ENVIRONMENT | environment)
-    return launch_command(["program"], config, count, options)
+    return launch_command(["program"], config, count)
 
 
 def test_a_config_for_cpus_starts_the_configured_number_of_processes(monkeypatch, tmp_path):
@@ -155,11 +155,13 @@ def test_missing_deepspeed_is_reported(monkeypatch):
         launch_command(["program"], "zero3", 2)
 
 
-def test_several_machines_use_the_given_port(monkeypatch):
-    arguments = ["--num_machines", "2", "--machine_rank=1", "--main_process_ip", "a", "--main_process_port", "29501"]
-    command, _ = launched(monkeypatch, "zero2", None, arguments, gpus=4)
-    assert command[command.index("--num_processes") + 1] == "8"
-    assert command.count("--main_process_port") == 1
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_config_for_several_machines_or_with_a_port_keeps_its_port(monkeypatch, tmp_path, machines):
+    port = "main_process_port: 29501\n" if machines == 1 else ""
+    (tmp_path / "mine.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_machines: {machines}\n{port}")
+    command, _ = launched(monkeypatch, str(tmp_path / "mine.yaml"), None, gpus=4)
+    assert command[command.index("--num_processes") + 1] == str(4 * machines)
+    assert "--main_process_port" not in command
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

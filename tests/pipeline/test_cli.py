@@ -199,6 +199,7 @@ def test_help_leaves_out_the_negative_spelling_of_flags(capsys):
         (["base", "--output_dir", "x", "stray"], "unknown option 'stray'"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
         (["base", "--config"], "argument --config: expected one argument"),
+        (["evaluate", "--machine_rank", "1"], "unknown option '--machine_rank'"),  # of `accelerate launch`
         (["base", "--api_key=very-secret"], "secrets do not belong"),
         (["run", "no_such_recipe"], "no such file or packaged recipe"),
         (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),
@@ -281,7 +282,7 @@ def test_a_setting_of_another_source_is_named(recipe, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err == note
 
 
-def test_options_of_accelerate_start_the_launcher(monkeypatch):
+def test_an_accelerate_config_starts_the_launcher(monkeypatch):
     started = []
     monkeypatch.setattr(launch, "run", lambda command, environment: started.append((command, environment)) or 0)
     argv = [
@@ -293,15 +294,13 @@ def test_options_of_accelerate_start_the_launcher(monkeypatch):
         "--accelerate_config",
         "cpu",
         "--num_processes=2",
-        "--rdzv_backend",
-        "c10d",
     ]
     assert main(argv) == 0
     ((command, environment),) = started
     program = command.index("-m", 2)
     assert command[program:] == ["-m", "medst_trl.cli", *argv]
     options = command[:program]
-    assert options[options.index("--num_processes") + 1] == "2" and options[-2:] == ["--rdzv_backend", "c10d"]
+    assert options[options.index("--num_processes") + 1] == "2"
     assert environment["ACCELERATE_USE_CPU"] == "true" and str(find_config("multi_gpu")) in options
 
 

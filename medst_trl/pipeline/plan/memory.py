@@ -37,10 +37,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Hardware
 from medst_trl.policy.families import model_parts
 
 from .policies import Policy, is_of_adapter
-from .steps import Hardware
 
 
 GIB = 2**30
@@ -85,7 +85,7 @@ def training_memory(
         policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
         arguments (`tuple`): The stage's dataclasses.
         batch ([`~medst_trl.pipeline.batch.Batch`]): Examples of a step.
-        hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
+        hardware ([`~medst_trl.pipeline.launch.Hardware`]): How they are divided.
         length (`int`): Tokens of an example.
     """
     args, training = arguments
@@ -122,7 +122,7 @@ def state_bytes(
     Args:
         trained (`int`): Parameters that train.
         frozen (`float`): Bytes of the others.
-        hardware ([`~medst_trl.pipeline.plan.steps.Hardware`]): How they are divided.
+        hardware ([`~medst_trl.pipeline.launch.Hardware`]): How they are divided.
         compute (`int`, *optional*, defaults to `4`): Bytes of an element in computation.
         optimizer (`int`, *optional*, defaults to `8`): Bytes of optimizer state for each trained parameter.
         element (`int`, *optional*, defaults to `4`): Bytes of a trained parameter itself, without DeepSpeed.

@@ -19,6 +19,7 @@ from medst_trl.engines.calls import CallSettings
 from medst_trl.engines.engine import ENGINES
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Hardware
 from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.record import changes_of
@@ -28,7 +29,7 @@ from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
 from .policies import NotKnownYet, Policy, model_at, policy_of
-from .steps import Hardware, RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
+from .steps import RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
 from .validate import check_inputs, check_processor
 
 

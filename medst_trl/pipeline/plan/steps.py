@@ -9,7 +9,7 @@ The machine that plans need not be the one that runs.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from datasets import Dataset
 
 from medst_trl.base.errors import Problems, UserError, located, number_of
-from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED
+from medst_trl.base.processes import NOT_DISTRIBUTED
 from medst_trl.data.loading import columns_and_rows, mix
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import default_config, gpu_count, has_deepspeed, read_config
+from medst_trl.pipeline.launch import Hardware, default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import Count, Output
@@ -88,44 +88,6 @@ def missing_packages(step: Step) -> list[str]:
 # Hardware
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """
-    What a step runs on.
-
-    Args:
-        config (`str`): Name or path of the accelerate configuration.
-        kind (`str`): `"not distributed"`, `"DDP"`, `"DeepSpeed ZeRO-2"`, `"DeepSpeed ZeRO-3"`, `"FSDP2"`.
-        processes (`int`): Number of processes, each with a GPU if `on_gpu`.
-        on_gpu (`bool`): Whether it runs on GPUs.
-        shortages (`tuple[str, ...]`): What this machine lacks for it.
-    """
-
-    config: str
-    kind: str
-    processes: int
-    on_gpu: bool
-    shortages: tuple[str, ...] = ()
-
-    @property
-    def is_deepspeed(self) -> bool:
-        return self.kind.startswith("DeepSpeed")
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether the weights themselves are sharded, not only gradients and optimizer."""
-        return self.kind.startswith(SHARDED)
-
-    @property
-    def device(self) -> str:
-        return "GPU" if self.on_gpu else "process"
-
-    @property
-    def devices(self) -> str:
-        """Number and name of the devices, for example `4 GPUs`."""
-        return number_of(self.processes, self.device)
-
-
 def hardware_of(step: Step) -> Hardware:
     """
     What a step will run on: by its settings, else by its accelerate configuration, else what this machine has.
@@ -136,22 +98,18 @@ def hardware_of(step: Step) -> Hardware:
     gpus = gpu_count()
     if not step.stage.distributed:
         return Hardware("one process", NOT_DISTRIBUTED, 1, gpus > 0)
-    name = step.accelerate_config or default_config(step.num_processes)
-    config = read_config(name)
-    given = step.num_processes or config.num_processes
-    processes = given or max(1, gpus) * config.num_machines
     with located(step.where):
-        kind = config.kind_on(processes)
-    shortages = []
-    if not config.use_cpu and gpus < processes // config.num_machines:
+        hardware = read_config(step.accelerate_config or default_config(step.num_processes), step.num_processes)
+    processes, shortages = hardware.processes or max(1, gpus) * hardware.machines, []
+    if hardware.on_gpu and gpus < processes // hardware.machines:
         here = number_of(gpus, "GPU") if gpus else "none"
         shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {here}")
-        if given is None and kind != NOT_DISTRIBUTED:
+        if hardware.processes is None:
             shortages.append("--num_processes N plans for N GPUs")
-    if kind.startswith("DeepSpeed") and not has_deepspeed():
+    if hardware.is_deepspeed and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
     shortages += [problem.removesuffix(".") for problem in missing_packages(step)]
-    return Hardware(name, kind, processes, not config.use_cpu, tuple(shortages))
+    return replace(hardware, processes=processes, shortages=tuple(shortages))
 
 
 # Optimizer steps

@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Hardware
 from medst_trl.pipeline.plan.memory import (
     BUCKET,
     Precision,
@@ -27,7 +28,7 @@ from medst_trl.pipeline.plan.memory import (
     training_memory,
 )
 from medst_trl.pipeline.plan.policies import Policy, meta_model, policy_of
-from medst_trl.pipeline.plan.steps import Hardware, stage_arguments
+from medst_trl.pipeline.plan.steps import stage_arguments
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import STAGES
 from medst_trl.policy.adapters import adapter_config
