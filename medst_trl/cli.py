@@ -29,23 +29,18 @@ import inspect
 import logging
 import os
 import select
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import Interrupted, UserError, closest
 from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
-from medst_trl.base.redaction import hide_secrets
-from medst_trl.base.registry import add_plugins, plugin_files
+from medst_trl.base.registry import add_plugins
 from medst_trl.pipeline import launch
 from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
 from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
@@ -54,6 +49,9 @@ from medst_trl.pipeline.record import RUN_VARIABLE
 from medst_trl.pipeline.stage import STAGES, Stage
 
 from . import __version__
+
+
+RESUME = "To resume, run the same command again, without --overwrite."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,41 +71,19 @@ def guarded(function: Callable[..., int | None], *arguments) -> int:
         return _complain(str(error).replace("--overwrite", again), 2)
     except (KeyboardInterrupt, Interrupted) as stop:
         code = stop.code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
-        return code if rank() else _complain(f"interrupted.{_how_to_resume(function, *arguments)}", code)
+        hint = "" if RUN_VARIABLE in os.environ else f" {RESUME}"  # `medst run` prints it for its stages
+        return code if rank() else _complain(f"interrupted.{hint}", code)
     except BrokenPipeError:
-        if not _reader_is_gone():
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # the output has a reader: another pipe is broken
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the output that is flushed at exit
         return 128 + signal.SIGPIPE  # like any command whose output goes to `head`
     except Exception as error:
         if not is_full_disk(error):
             raise
         return _complain("the disk is full. Finished work is kept: make room and run the same command again.", 2)
-
-
-def _how_to_resume(function: Callable[..., int | None], argv: Sequence[str] = (), *_) -> str:
-    """How to resume an interrupted command. `medst run` says it for its stages."""
-    if RUN_VARIABLE in os.environ:
-        return ""
-    if function is not _dispatch:
-        return " To resume, run the same command again, without --overwrite."
-    return f" To resume, run:\n  {_resuming(argv)}"
-
-
-def _resuming(argv: Sequence[str]) -> str:
-    """The same command without `--overwrite`, which would delete what is saved."""
-    words, options = read_options(argv)
-    rest = words_of(option for option in options if option.key != "overwrite")
-    return shlex.join(hide_secrets(["medst", *words, *rest]))
-
-
-def _reader_is_gone() -> bool:
-    """Whether the output is a pipe whose reader has ended."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    is_gone = any(event & select.POLLERR for _, event in poll.poll(0))
-    if is_gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the output that is flushed at exit
-    return is_gone
 
 
 def _complain(message: str, code: int) -> int:
@@ -184,20 +160,15 @@ def run_recipe(argv: list[str]) -> int | None:
         from medst_trl.pipeline.plan.plan import print_plan
 
         return print_plan(words[0], options, which)
-    start = time.monotonic()
     recipe = read_recipe(words[0], options)
     steps = recipe.steps(which, check=_check)
     for note in recipe.unused_options(steps):
         print(f"Note: {note}", file=sys.stderr)
     if which is None and any(option.key == "overwrite" and option.target is None for option in options):
         _confirm_overwrite(steps)
-    plugins = [word for path in plugin_files() for word in ("--plugins", path)]
-    commands = [_command(recipe.path, step, options) for step in steps]
-    code = _run_steps(steps, commands, _resuming(["run", *argv, *plugins]))
+    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps])
     if code == 0:
-        minutes, seconds = divmod(round(time.monotonic() - start), 60)
-        duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-        print(f"\nDone in {duration}. Everything is in {recipe.output_dir}:")
+        print(f"\nDone. Everything is in {recipe.output_dir}:")
         width = max(len(step.label) for step in steps) + 2
         print(*(f"  {step.label:<{width}}{step.settings['output_dir']}" for step in steps), sep="\n")
     return code
@@ -231,14 +202,14 @@ def _command(path: str, step: Step, options: Sequence[Option]) -> tuple[list[str
     return [sys.executable, "-m", *program], dict(os.environ)
 
 
-def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[str, str]]], again: str) -> int:
-    """Run steps one after another until one fails. `again` is the command to continue."""
+def _run_steps(steps: Sequence[Step], commands: Sequence[tuple[list[str], dict[str, str]]]) -> int:
+    """Run steps one after another until one fails. Returns its exit code."""
     for number, (step, (command, environment)) in enumerate(zip(steps, commands, strict=True), 1):
         print(f"\n=== {step.label} ({number} of {len(steps)}) -> {step.settings['output_dir']}", flush=True)
         code = launch.run(command, environment | {"PYTHONUNBUFFERED": "1", RUN_VARIABLE: step.label})
         if code != 0:
-            then = "Correct the error above, then run" if code == 2 else "To continue"
-            print(f"\nStopped in {step.label}. Finished work is kept. {then}:\n  {again}", file=sys.stderr)
+            hint = f"Correct the error above. {RESUME}" if code == 2 else RESUME
+            print(f"\nStopped in {step.label}. Finished work is kept. {hint}", file=sys.stderr)
             return code
     return 0
 
@@ -250,14 +221,13 @@ def run_launched(argv: list[str]) -> int | None:
     """
     The command `python -m medst_trl`.
 
-    Run recipes under your own launcher:
+    Run a stage of a recipe under your own launcher:
 
       accelerate launch -m medst_trl recipes/demo.yaml --stage sft --sft.learning_rate 1e-4
       accelerate launch --no_python recipes/demo.yaml --stage sft     # a recipe is executable
       python -m medst_trl recipes/demo.yaml                           # without a launcher: all stages in this process
 
-    Options are those of `medst run`. Stages that use a single process run on rank 0, while the other ranks wait.
-    `python -m medst_trl COMMAND` is the same as `medst COMMAND`.
+    Options are those of `medst run`. `python -m medst_trl COMMAND` is the same as `medst COMMAND`.
     """
     argv = add_plugins(argv)
     if argv[:1] and argv[0] in ("run", "recipes", *STAGES):
@@ -265,58 +235,35 @@ def run_launched(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
         return 0
-    paths, options = read_options(argv)
+    words, options = read_options(argv)
     which, options = take(options, "stage")
+    if len(words) != 1:
+        raise UserError("Give one recipe, for example: accelerate launch -m medst_trl recipes/demo.yaml --stage sft")
     if take(options, "dry_run", is_flag=True)[0]:
-        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {' '.join(paths)} --dry_run`.")
-    if not paths:
-        raise UserError("Give a recipe, for example: accelerate launch -m medst_trl recipes/demo.yaml")
-    for path in paths:
-        steps = read_recipe(path, options).steps(which)
-        _check_together(steps, path)
-        for number, step in enumerate(steps):
-            if step.stage.distributed or world_size() == 1:
-                _run(step)
-            else:
-                _run_on_rank_0(["medst_trl", path, "--stage", step.label, *words_of(options)], f"{path}/{number}")
+        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {words[0]} --dry_run`.")
+    steps = read_recipe(words[0], options).steps(which)
+    _check_launch(steps, words[0])
+    for step in steps:
+        _run(step)
     leave_peers()
     return 0
 
 
-def _check_together(steps: Sequence[Step], path: str) -> None:
+def _check_launch(steps: Sequence[Step], path: str) -> None:
     """
-    Refuse several distributed stages in one launch if one of them trains, because it ends the process group.
+    Refuse several stages in one launch, and a stage for a single process in a launch of several.
 
-    If a second group is created in the same launch, DeepSpeed (0.19) fails, and torch (2.13) may connect to the
-    addresses of the first group, and fail hours later. accelerate makes a group for one process, too, if there are a
-    GPU and LOCAL_RANK.
+    A training ends the process group. If a second group is created in the same launch, DeepSpeed (0.19) fails, and
+    torch (2.13) may connect to the addresses of the first group, and fail hours later. accelerate makes a group for
+    one process, too, if there are a GPU and LOCAL_RANK.
     """
-    shared = [step.label for step in steps if step.stage.distributed]
-    trains = any(step.stage.trains for step in steps)
-    if trains and len(shared) > 1 and ("LOCAL_RANK" in os.environ or launched_kind() != NOT_DISTRIBUTED):
+    has_group = launch.is_launched() or "LOCAL_RANK" in os.environ or launched_kind() != NOT_DISTRIBUTED
+    if has_group and (len(steps) > 1 or (world_size() > 1 and not steps[0].stage.distributed)):
+        labels = ", ".join(step.label for step in steps)
         raise UserError(
-            f"{path}: a launch with a process group can run only one distributed stage if there is training, and "
-            f"{', '.join(shared)} would share this one. Launch them one by one (--stage {shared[0]}), or let "
-            f"`medst run {path}` do so."
+            f"{path}: a launch runs one stage that can use several processes, and this one is for {labels}. Name one "
+            f"with --stage. `medst run {path}` runs all of them, each in its own launch or process."
         )
-
-
-def _run_on_rank_0(program: Sequence[str], name: str) -> None:
-    """Run a step in a process outside the launcher. Inside it, libraries would wait for the other ranks."""
-    import torch.distributed
-
-    # Wait on the launcher's store, not at a barrier: it does not time out and creates no process group.
-    store = torch.distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(days=30)
-    )
-    done = f"medst_trl/{name}"
-    if rank() != 0:
-        store.wait([done])
-        return
-    code = subprocess.call([sys.executable, "-m", *program], env=launch.without_launcher(os.environ))
-    if code != 0:
-        sys.exit(code)
-    store.set(done, "done")
 
 
 # medst STAGE
@@ -415,9 +362,6 @@ def _recipes(argv: list[str]) -> int | None:
 
 
 def _validate(argv: list[str]) -> int:
-    if "torch" not in sys.modules:  # TRL checks its own settings and imports torch, so this runs in a child process
-        code = "import sys, torch; from medst_trl.cli import main; sys.exit(main(sys.argv[1:]))"
-        return launch.run([sys.executable, "-c", code, "recipes", "validate", *argv], os.environ)
     from medst_trl.pipeline.plan.validate import validate
 
     words, options = read_options(argv)

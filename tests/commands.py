@@ -5,9 +5,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from medst_trl.pipeline.launch import find_config, without_launcher
+from medst_trl.pipeline.launch import find_config
 
 
 TESTS = Path(__file__).parent
@@ -18,6 +19,19 @@ LAUNCHES = {
     "zero2": (["--use_deepspeed", "--zero_stage", "2"], {"DS_ACCELERATOR": "cpu"}),
     "fsdp2": (["--config_file", str(find_config("fsdp2"))], {}),
 }
+
+# What launchers set for their processes
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MASTER_", "GROUP_", "ROLE_")
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the launcher's variables, for an independent process."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
 
 
 def run_medst(directory: Path, *arguments: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess:

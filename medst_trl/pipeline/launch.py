@@ -11,8 +11,6 @@ FSDP. Training would run to its end on the wrong number of processes. [`check_la
 
 import importlib.util
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -29,10 +27,6 @@ from .recipe_files import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
-# What launchers set for their processes. They are removed for a process outside the launcher, which would otherwise
-# wait for peers.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MASTER_", "GROUP_", "ROLE_")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # set if mpirun has started the peers
 
 
@@ -169,7 +163,9 @@ def launch_command(
     if hardware.is_deepspeed and not has_deepspeed():
         raise UserError(f'accelerate_config {hardware.config} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
     environment, options = dict(os.environ), ["--num_processes", str(processes)]
-    if hardware.kind != NOT_DISTRIBUTED and not (hardware.on_gpu and gpu_count()):
+    if hardware.kind == NOT_DISTRIBUTED:
+        environment.pop("MASTER_PORT", None)  # of another program; see `check_launched`
+    elif not (hardware.on_gpu and gpu_count()):
         environment |= _on_cpus(hardware)
         options += ["--mixed_precision", "no"]
     cores_each = cores() // max(1, processes // hardware.machines)
@@ -269,7 +265,13 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
     Raises:
         UserError: if they differ, or if accelerate has ignored one of its own options.
     """
-    _check_peers(where)
+    # accelerate sets MASTER_PORT for several processes, but if it starts only one of them, not WORLD_SIZE.
+    is_alone = is_launched() and "WORLD_SIZE" not in os.environ
+    if is_alone and "MASTER_PORT" in os.environ and all(os.environ.get(name, "1") == "1" for name in _MPI_SIZES):
+        raise UserError(
+            f"{where}: several processes were requested, but accelerate has started one. Use accelerate launch "
+            "--multi_gpu, without GPUs with ACCELERATE_USE_CPU=true. If you want one process, unset MASTER_PORT."
+        )
     on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes", "y", "on")
     if on_cpus and launched_kind().startswith(("DeepSpeed", "FSDP")):
         raise UserError(
@@ -288,49 +290,10 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
         raise UserError(f"{where}: {num_processes} processes were requested, but this runs as {running}. {hint}")
 
 
-def _check_peers(where: str) -> None:
-    """Refuse to run if this is the only process, but several were requested."""
-    # accelerate sets MASTER_PORT for several processes, but not WORLD_SIZE for this one.
-    is_alone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
-    if not is_alone or "MASTER_PORT" not in os.environ or any(os.environ.get(name, "1") != "1" for name in _MPI_SIZES):
-        return
-    command, environment = _launcher()
-    if "MASTER_PORT" in environment:  # set by an outer launcher
-        return
-    found = re.search(r"--num[_-]processes[= ](\d+)", " ".join(command))  # otherwise it is in a configuration file
-    on_cpus = "" if gpu_count() else "ACCELERATE_USE_CPU=true "
-    raise UserError(
-        f"{where}: {found[1] if found else 'several'} processes were requested, but accelerate has started one. Start "
-        f"it with\n  {on_cpus}accelerate launch --multi_gpu --num_processes {found[1] if found else 2} "
-        f"{shlex.join(sys.orig_argv[1:])}\nor request one process."
-    )
-
-
-def _launcher() -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of the `accelerate launch` above this process; empty if the system hides them."""
-    import psutil
-
-    with suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            environment = process.environ()
-            if "ACCELERATE_DYNAMO_BACKEND" not in environment:
-                return process.cmdline(), environment
-    return [], {}
-
-
 def use_one_gpu() -> None:
     """Let a single process see only the first visible GPU. With several, the Trainer would use DataParallel."""
     if world_size() == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-
-
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the launcher's variables, for an independent process."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
 
 
 if __name__ == "__main__":

@@ -96,16 +96,13 @@ def _opens_option(word: str) -> bool:
 
 
 def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple[Any, list[Option]]:
-    """Return the value of an option for all stages (None or False if it is missing), and the other options."""
+    """Return the value of an option for all stages (None if it is missing), and the other options."""
     own = [option.value for option in options if option.target is None and option.key == key]
-    rest = [option for option in options if option.target is not None or option.key != key]
-    if not is_flag:
-        if not all(isinstance(value, str) for value in own):
-            raise UserError(f"argument --{key}: expected one argument. Give a value.")
-        return own[-1] if own else None, rest
-    if wrong := [value for value in own if str(value).lower() not in ("true", "false")]:
-        raise UserError(f"--{key} is a flag: true or false, not {wrong[0]!r}.")
-    return bool(own) and str(own[-1]).lower() == "true", rest
+    if is_flag and own not in ([], [True]):
+        raise UserError(f"--{key} is a flag and takes no value.")
+    if not is_flag and not all(isinstance(value, str) for value in own):
+        raise UserError(f"argument --{key}: expected one argument. Give a value.")
+    return own[-1] if own else None, [option for option in options if option.target or option.key != key]
 
 
 def refuse_secrets(keys: Iterable[str]) -> None:

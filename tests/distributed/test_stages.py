@@ -18,6 +18,7 @@ import tiny_dpo
 import tiny_run
 import torch
 import yaml
+from commands import without_launcher
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -25,7 +26,7 @@ from medst_trl.base.registry import PLUGINS_VARIABLE
 from medst_trl.cli import run_launched as run_recipe
 from medst_trl.data.schema import instruct_features, preference_features
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.launch import launch_command, without_launcher
+from medst_trl.pipeline.launch import launch_command
 
 
 # Plain gradient descent, because Adam would turn a rounding error in a zero gradient into a full step. The learning

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from commands import without_launcher
 from jsonl import write_prediction
-
-from medst_trl.pipeline.launch import without_launcher
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm_several_nodes.sh"

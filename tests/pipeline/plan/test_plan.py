@@ -259,7 +259,6 @@ def test_the_dry_run_of_the_judge_is_passed_to_the_stage(recipe, monkeypatch):
     )
     assert main(["run", recipe, "--stage", "judge", "--judge.dry_run", "true"]) == 0
     assert "--judge.dry_run true" in " ".join(steps["command"])
-    assert main(["run", recipe, "--stage", "judge", "--dry_run=false"]) == 0
 
 
 @pytest.mark.parametrize(
