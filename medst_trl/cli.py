@@ -11,8 +11,12 @@ Run all stages of a recipe:
   run RECIPE            run every stage of a recipe and skip finished ones (medst run --help)
   recipes ls            list the packaged recipes; also: show, cp, validate
 
-Run one stage (medst STAGE --help lists its settings, --help all includes all of TRL's):
+Run one stage (medst STAGE --help lists its settings, --help all includes all of TRL's and transformers'):
 {stages}
+
+Every stage takes --config FILE, a recipe or a flat YAML file with its settings. --no_x turns off a flag x that is on
+by default, like --x false. Stages that can use several processes take --accelerate_config (cpu, single_gpu, multi_gpu,
+zero2, zero3, fsdp2, or a path) and --num_processes. Without them, they run in this process.
 
 Every command takes --plugins FILE (repeatable): a Python file that registers your own stages, sources, judge prompts,
 engines, model families, metrics or losses. The environment variable MEDST_PLUGINS does the same.

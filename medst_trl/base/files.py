@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write files atomically, read and find them, write rows with several processes, and explain a full disk."""
+"""Write files atomically, read and find them, write rows with several processes, and recognize a full disk."""
 
 import errno
 import json
@@ -208,17 +208,3 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return _FULL_DISK.search(str(error)) is not None
-
-
-@contextmanager
-def explain_full_disk(directory: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" while writing to `directory` into a [`UserError`]."""
-    try:
-        yield
-    except Exception as error:
-        if not is_full_disk(error):
-            raise
-        raise UserError(
-            f"The disk that holds {directory} is full. Finished work is kept. Make room and run the same command "
-            "again: it resumes."
-        ) from None

@@ -4,6 +4,7 @@
 
 import os
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -73,14 +74,12 @@ def cached_repository(hub_id: str, kind: str = "model") -> Path:
 
 def cached_revision(hub_id: str) -> str | None:
     """The commit of a Hub id in the local cache, without a network call."""
-    revision = hub_id.partition("@")[2]
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = hub_id.partition("@")
     for kind in ("model", "dataset"):
-        repository = cached_repository(hub_id, kind)
-        reference = repository / "refs" / (revision or "main")
-        if reference.is_file():
-            return reference.read_text().strip()
-        if revision and (repository / "snapshots" / revision).is_dir():
-            return revision
+        with suppress(OSError, ValueError):  # it is not in the cache
+            return Path(snapshot_download(name, repo_type=kind, revision=revision or None, local_files_only=True)).name
     return None
 
 

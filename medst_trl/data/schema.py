@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medst_trl.base.files import atomic_path, explain_full_disk
+from medst_trl.base.files import atomic_path
 from medst_trl.base.processes import ordered_map
 from medst_trl.base.registry import Registry
 
@@ -277,9 +277,6 @@ def write_split(
             Rows per file.
         num_workers (`int`, *optional*, defaults to `1`):
             Number of threads.
-
-    Raises:
-        UserError: if the disk is full (finished files stay).
     """
     from pyarrow.parquet import read_schema
     from tqdm.auto import tqdm
@@ -297,8 +294,7 @@ def write_split(
     for number, path in enumerate(tqdm(shards, f"{directory.name}/{split}", unit="file", disable=None)):
         if not path.exists():
             chunk = records[number * rows_per_shard : (number + 1) * rows_per_shard]
-            with explain_full_disk(directory):
-                _write_shard(path, ordered_map(make_row, chunk, num_workers), features)
+            _write_shard(path, ordered_map(make_row, chunk, num_workers), features)
 
 
 def _write_shard(path: Path, rows: Iterator[dict], features: "Features") -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk, read_object, write_json
+from medst_trl.base.files import read_object, write_json
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, fingerprint, package_versions, same_source
 from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
@@ -47,14 +47,22 @@ NOT_RESULTS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "judge_cache.jso
 RUN_VARIABLE = "MEDST_RUN"
 
 _MISSING = "(not set)"
-_TYPES = dict.fromkeys(("settings", "counts", "versions", "inputs"), dict) | {"seconds": int | float}
-_TYPES |= dict.fromkeys(("stage", "status", "started"), str)
+# The entries that every record has, and their types
+_TYPES = {
+    "stage": str,
+    "status": str,
+    "started": str,
+    "seconds": int | float,
+    "versions": dict,
+    "inputs": dict,
+    "settings": dict,
+    "counts": dict,
+}
 
 
 class StageRecord:
     """
-    The record of one run of one stage in `<output_dir>/stage.json`. Made by [`StageRecord.of`] or
-    [`StageRecord.open`].
+    The record of one run of one stage in `<output_dir>/stage.json`. Made by [`StageRecord.of`].
 
     Attributes:
         decision (`str`):
@@ -85,45 +93,38 @@ class StageRecord:
         self._start = time.monotonic()
 
     @classmethod
-    def open(
-        cls,
-        output_dir: str | os.PathLike,
-        *,
-        stage: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, Any] | None = None,
-        operational: Collection[str] = (),
-        overwrite: bool = False,
-    ) -> "StageRecord":
+    def of(cls, stage: Stage, args: Any, *others: Any, inputs: Mapping[str, Any] | None = None) -> "StageRecord":
         """
-        Decide whether to start, resume or skip a stage in `output_dir`, and write its record.
+        Decide whether to start, resume or skip a stage in its `output_dir`, and write its record.
 
         Under a distributed launch, every rank must call this. Rank 0 decides and writes, the others follow.
 
         Args:
-            output_dir (`str` or `os.PathLike`):
-                Directory of the stage; created if it is missing.
-            stage (`str`):
-                Name of the stage, for example `"sft"`. Its `operational` settings may differ from an earlier run, and
-                its `earlier_defaults` fill in what the record of an earlier version lacks.
-            settings (`dict`):
-                All settings. Secrets are stored as `"<hidden>"` and never compared.
+            stage ([`Stage`]):
+                The stage. Its `operational` settings may differ from an earlier run, and its `earlier_defaults` fill
+                in what the record of an earlier version lacks.
+            args (dataclass):
+                Its own settings. Secrets are stored as `"<hidden>"` and never compared.
+            *others (dataclass, *optional*):
+                Settings of the trainer, sources, engines and so on. Settings of sources, engines and metrics that
+                `args` do not choose are neither recorded nor compared. Records of earlier versions list them. One of
+                the dataclasses has `output_dir`, which is created if it is missing. One may have `overwrite`: delete
+                the results of an earlier run, and start again.
             inputs (`dict`, *optional*):
                 Name to path, Hub id, fingerprint, list of these, or None. They are compared by content or revision, so
-                a setting of the same name is not compared as text.
-            operational (collection of `str`, *optional*):
-                More keys of `settings` that may differ, because they do not affect the result of this run: for example
-                the settings of a source or engine that it does not use.
-            overwrite (`bool`, *optional*, defaults to `False`):
-                Delete the results of an earlier run of this stage in `output_dir`, and start again.
+                a setting of the same name is not compared as text. By default the stage's inputs that `args` name,
+                without operational ones and names on a server.
 
         Raises:
             UserError: if the directory holds something else, another process is writing it, an input is missing, or a
                 setting or input that affects the result has changed (naming each, with its old and new value).
         """
-        arguments = Path(output_dir), stage, settings, inputs or {}, operational, overwrite
+        settings, free = _settings_of(stage, args, others)
+        if inputs is None:
+            named = [item for item in stage.inputs if hasattr(args, item.key) and item.key not in stage.operational]
+            inputs = {item.key: settings[item.key] for item in named if not item.is_remote(settings)}
         if world_size() == 1:
-            return cls._decide(*arguments)
+            return cls._decide(stage, settings, inputs, free)
         import torch.distributed
 
         process_state()
@@ -133,42 +134,11 @@ class StageRecord:
                 "--accelerate_config cpu, or ACCELERATE_USE_CPU=true in the environment."
             )
         # Rank 0 alone reads the directory: a later rank would read what rank 0 has just written.
-        return on_main_process(lambda: cls._decide(*arguments))
+        return on_main_process(lambda: cls._decide(stage, settings, inputs, free))
 
     def __getstate__(self) -> dict[str, Any]:
         """The record as the other ranks receive it: a lock cannot be sent."""
         return vars(self) | {"_lock": None}
-
-    @classmethod
-    def of(cls, stage: Stage, args: Any, *others: Any, inputs: Mapping[str, Any] | None = None) -> "StageRecord":
-        """
-        [`StageRecord.open`] with the settings of a stage.
-
-        Args:
-            stage ([`Stage`]):
-                The stage.
-            args (dataclass):
-                Its own settings.
-            *others (dataclass, *optional*):
-                Settings of the trainer, sources, engines and so on. Settings of sources, engines and metrics that
-                `args` do not choose are neither recorded nor compared. Records of earlier versions list them. One of
-                the dataclasses has `output_dir`, and one may have `overwrite`.
-            inputs (`dict`, *optional*):
-                As in [`StageRecord.open`]. By default the stage's inputs that `args` name, without operational ones
-                and names on a server.
-        """
-        settings, free = _settings_of(stage, args, others)
-        if inputs is None:
-            named = [item for item in stage.inputs if hasattr(args, item.key) and item.key not in stage.operational]
-            inputs = {item.key: settings[item.key] for item in named if not item.is_remote(settings)}
-        return cls.open(
-            settings["output_dir"],
-            stage=stage.name,
-            settings=settings,
-            inputs=inputs,
-            operational=free,
-            overwrite=settings.get("overwrite", False),
-        )
 
     @property
     def is_silent(self) -> bool:
@@ -201,13 +171,9 @@ class StageRecord:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Delete the record of a new run that failed before it wrote a result, and explain a full disk."""
-        if not isinstance(error, Exception):
-            return
-        if self._lock is not None and self.decision == "start":
+        """Delete the record of a new run that failed before it wrote a result."""
+        if isinstance(error, Exception) and self._lock is not None and self.decision == "start":
             self._forget()
-        with explain_full_disk(self.output_dir):
-            raise error
 
     def _forget(self) -> None:
         """Delete the record of a run without results, so that a corrected command is not refused."""
@@ -226,10 +192,11 @@ class StageRecord:
             record.unlink()
 
     @classmethod
-    def _decide(cls, directory, stage, settings, inputs, operational, overwrite) -> "StageRecord":
+    def _decide(cls, stage, settings, inputs, free) -> "StageRecord":
+        directory, overwrite = Path(settings["output_dir"]), settings.get("overwrite", False)
         sources = {name: item if isinstance(item, list | tuple) else [item] for name, item in inputs.items()}
         new = {
-            "stage": stage,
+            "stage": stage.name,
             "status": "running",
             "started": _now(),
             "seconds": 0.0,
@@ -241,22 +208,22 @@ class StageRecord:
             "settings": hide_secrets(_plain(settings)),
             "counts": {},
         }
-        old = _read(directory, stage, overwrite)
+        old = _read(directory, stage.name, overwrite)
         if old is None or overwrite:
             directory.mkdir(parents=True, exist_ok=True)
             decision, lock = "start", _lock(directory)
             if old is not None:
                 _empty(directory)
         else:
-            _refuse_changes(directory, old, new, {*operational, *inputs})
+            _refuse_changes(stage, directory, old, new, {*free, *inputs})
             versions, earlier = new["versions"], old["versions"]
             if others := [f"{x} {earlier.get(x)} -> {versions[x]}" for x in versions if earlier.get(x) != versions[x]]:
-                warnings.warn(f"{directory} was made with other versions: {', '.join(others)}.", stacklevel=4)
+                warnings.warn(f"{directory} was made with other versions: {', '.join(others)}.", stacklevel=3)
             if old["status"] == "complete":
-                print(f"{stage}: {directory} is finished and unchanged, nothing to do.")
+                print(f"{stage.name}: {directory} is finished and unchanged, nothing to do.")
                 return cls(directory, "skip", old)
             decision, lock = "resume", _lock(directory)
-            print(f"{stage}: resuming {directory}, started {old['started']}.")
+            print(f"{stage.name}: resuming {directory}, started {old['started']}.")
             new |= {"started": old["started"], "seconds": old["seconds"] + _seconds_of_interrupted_run(directory)}
         write_json(directory / RECORD_FILE, new, fsync=True)  # see `finish`
         return cls(directory, decision, new, lock)
@@ -295,8 +262,7 @@ def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
     Describe the settings for which [`StageRecord.of`] would refuse to run, with their old and new values, or a record
     that is damaged or of another stage.
 
-    It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet. Nor is a setting
-    that the record lacks or the stage does not have: one that calls [`StageRecord.open`] may give them other names.
+    It is for plans, so inputs are not compared: hashing them takes time, and they may not exist yet.
     """
     settings, free = _settings_of(stage, args, others)
     directory = Path(settings["output_dir"])
@@ -306,11 +272,7 @@ def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
         old = _read(directory, stage.name, overwrite=False)
     except UserError as error:
         return list(error.args)
-    new = hide_secrets(_plain(settings))
-    declared = {item.name for kind in stage.arguments() for item in fields(kind)}
-    before = old | {"settings": {key: value for key, value in old["settings"].items() if key in declared}}
-    now = {key: value for key, value in new.items() if key in old["settings"] or key in stage.earlier_defaults}
-    return list(_changed_settings(before, now, {*free, *old["inputs"]}))
+    return list(_changed_settings(stage, old["settings"], hide_secrets(_plain(settings)), {*free, *old["inputs"]}))
 
 
 def is_left_out(path: str | os.PathLike, kind: str) -> bool:
@@ -341,13 +303,13 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     except ValueError:  # truncated by a crash of the machine: the directory is ours, but its settings are lost
         if overwrite:
             return {}
-        raise UserError(
-            f"{path} is damaged, so the settings of the files beside it are unknown. Choose another output_dir, or "
-            f"start again with --overwrite (deletes the contents of {directory})."
-        ) from None
+        record = {}
     needed = {"stage", "status", "versions", "inputs", "settings"}
     if not isinstance(record, dict) or not needed <= record.keys() or not _is_sound(record):
-        raise UserError(f"{path} was not written by medst_trl. Nothing was touched. Choose another output_dir.")
+        raise UserError(
+            f"{path} is damaged, or was not written by medst_trl. Nothing was touched. Choose another output_dir. If "
+            f"the file is cut off, --overwrite starts again (deletes the contents of {directory})."
+        )
     if record["stage"] != stage:
         raise UserError(
             f"{directory} holds the output of stage {record['stage']!r}, not of {stage!r}. Nothing was touched. "
@@ -356,8 +318,12 @@ def _read(directory: Path, stage: str, overwrite: bool) -> dict[str, Any] | None
     return record
 
 
-def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
-    if changes := [*_changed_settings(old, new["settings"], free), *_changed_inputs(old["inputs"], new["inputs"])]:
+def _refuse_changes(stage: Stage, directory: Path, old: dict, new: dict, free: Collection[str]) -> None:
+    changes = [
+        *_changed_settings(stage, old["settings"], new["settings"], free),
+        *_changed_inputs(old["inputs"], new["inputs"]),
+    ]
+    if changes:
         raise UserError(
             f"{directory} was made with other settings:\n  " + "\n  ".join(changes) + "\nRestore the old ones, choose "
             f"another output_dir, or start again with --overwrite (deletes the contents of {directory})."
@@ -366,7 +332,7 @@ def _refuse_changes(directory: Path, old: dict, new: dict, free: Collection[str]
 
 def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
     """Return the settings that count in a run, and the names of those that may differ from an earlier run."""
-    chosen = _chosen_objects(stage, args)
+    chosen = [item for _, items, _ in stage.chosen(vars(args)) for item in items]
     used = [args, *_used_settings(stage, chosen, others)]
     settings = {item.name: getattr(part, item.name) for part in used for item in fields(part) if item.init}
     # A local judge decides the result, also one that an earlier run chose and this one does not.
@@ -374,15 +340,6 @@ def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[s
     unused = {item.name for kind in kinds for item in fields(kind)} - settings.keys()
     free = unused.union(*(getattr(item, "operational", ()) for item in chosen))
     return settings, free if "operational" in settings else free.union(getattr(args, "operational", ()))
-
-
-def _chosen_objects(stage: Stage, args: Any) -> list[Any]:
-    """Return the registered objects that `args` name, such as a source or metrics."""
-    chosen = []
-    for key, registry in stage.registries.items():
-        names = getattr(args, key, None) or ()
-        chosen += map(registry.get, [names] if isinstance(names, str) else names)
-    return chosen
 
 
 def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -393,17 +350,18 @@ def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -
     return [item for item in used if item is not None and (not isinstance(item, LocalJudge) or item.is_chosen)]
 
 
-def _changed_settings(old: dict[str, Any], new: Mapping[str, Any], free: Collection[str]) -> Iterator[str]:
-    """Describe each setting that differs from the record of an earlier run, without those that match `free`."""
-    declared = STAGES.get(old["stage"]) if old["stage"] in STAGES else None
-    earlier, operational = (declared.earlier_defaults, declared.operational) if declared else ({}, ())
-    patterns = {*free, *operational, *ALWAYS_OPERATIONAL}
-    settings = {key: value for key, value in earlier.items() if key in new} | old["settings"]
-    for key in sorted(settings.keys() | new.keys()):
-        before, now = settings.get(key, _MISSING), new.get(key, _MISSING)
-        is_in_one = (key in settings) != (key in new)  # added or removed by another version
-        is_off = any(value is None or value is False for value in (before, now))
-        if before != now and not (is_in_one and is_off) and not any(fnmatchcase(key, item) for item in patterns):
+def _changed_settings(
+    stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]
+) -> Iterator[str]:
+    """Describe each setting that differs from that of an earlier run, without those that match `free`."""
+    patterns = {*free, *stage.operational, *ALWAYS_OPERATIONAL}
+    old = {key: value for key, value in stage.earlier_defaults.items() if key in new} | old
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key, _MISSING), new.get(key, _MISSING)
+        is_added_or_removed = (key in old) != (key in new)  # by another version
+        is_unset = any(value is None or value is False for value in (before, now))
+        is_free = any(fnmatchcase(key, pattern) for pattern in patterns)
+        if before != now and not (is_added_or_removed and is_unset) and not is_free:
             yield f"{key}: {_short(before)} before, {_short(now)} now"
 
 

@@ -296,6 +296,14 @@ class Stage:
         """Whether one of its outputs is of that kind."""
         return any(output.kind == kind for output in self.outputs)
 
+    def chosen(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[Any], list[Any]]]:
+        """Yield each setting whose value is a name in a registry, the objects that it names, and the others."""
+        for key, registry in self.registries.items():
+            names = settings.get(key)
+            names = names if isinstance(names, list) else [names]
+            chosen = [item for name in names for item in registry.values() if item.name == name]
+            yield key, chosen, [item for item in registry.values() if item.name not in names]
+
     def shown_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """
         Return the settings in a record that cards and the report show: those that `--help` lists and that can change
@@ -304,10 +312,8 @@ class Stage:
         kinds = self.listed() if self.listed is not None else ()
         names = [item.name for kind in kinds for item in fields(kind)] or list(settings)
         hidden = {*self.operational, *(item.key for item in self.inputs), "output_dir", "overwrite"}
-        for key, registry in self.registries.items():
-            for item in registry.values():
-                if item.name == settings.get(key):
-                    hidden |= getattr(item, "operational", frozenset())
+        for _, chosen, _ in self.chosen(settings):
+            hidden = hidden.union(*(getattr(item, "operational", ()) for item in chosen))
         return {
             name: value
             for name in names
@@ -324,11 +330,10 @@ class Stage:
             given (collection of `str`): The settings that the user has given for this stage.
         """
         values = {name: value for item in arguments for name, value in vars(item).items()}
-        for key, registry in self.registries.items():
-            chosen = values[key] if isinstance(values[key], list) else [values[key]]
-            others = [item for item in registry.values() if item.name not in chosen]
+        for key, chosen, others in self.chosen(values):
+            names = ", ".join(item.name for item in chosen) or None
             for item in (item for item in others if getattr(item, "settings", None) is not None):
-                owner = f"the {registry.kind} {item.name}, and {key} is {', '.join(map(str, chosen))}"
+                owner = f"the {self.registries[key].kind} {item.name}, and {key} is {names}"
                 for name in [setting.name for setting in fields(item.settings) if setting.name in given]:
                     yield f"{name} is ignored: it is a setting of {owner}"
 
@@ -345,12 +350,6 @@ class Stage:
         # TRL 1.16 and PEFT 0.21 use a name that transformers 5.23 has deprecated. Users can do nothing about it.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         kinds = self.listed() if is_listing and self.listed is not None else self.arguments()
-        owners: dict[str, str] = {}
-        for kind in kinds:
-            owner = getattr(kind, "_argument_group_name", kind.__name__)
-            for item in fields(kind):
-                if (other := owners.setdefault(item.name, owner)) != owner:
-                    raise UserError(f"The {other} and the {owner} both have a setting {item.name!r}. Rename one.")
         # Without abbreviations: one could be meant for the launcher.
         parser = TrlParser(kinds, prog=f"medst {self.name}", formatter_class=_Help, allow_abbrev=False)
         parser.description, parser.error = self.help.strip(), self.refuse
@@ -364,18 +363,7 @@ class Stage:
                 action.help = SUPPRESS
         needed = (f"{action.option_strings[0]} {action.dest.upper()}" for action in parser._actions if action.required)
         parser.usage = " ".join(["%(prog)s", *needed, "[--setting value ...]"])  # the complete one fills three screens
-        parser.epilog = (
-            "--config FILE reads settings from a recipe or a flat YAML file. --no_x turns off a flag x that is on by "
-            "default, like --x false."
-        )
-        if self.distributed:
-            parser.epilog += (
-                " --accelerate_config (cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path), --num_processes "
-                "and other options of `accelerate launch` run the stage under that launcher. Without any of them, it "
-                "runs in this process."
-            )
-        if self.listed is not None:
-            parser.epilog += f" --help all lists more settings of {self.name}: all those of TRL and transformers."
+        parser.epilog = "`medst --help` explains --config, --accelerate_config, --no_x and --help all."
         return parser
 
     def refuse(self, message: str) -> NoReturn:

@@ -34,7 +34,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import explain_full_disk
 from medst_trl.base.fingerprints import REFERENCE_FOLDER, package_versions
 from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import cores, on_main_process
@@ -386,9 +385,8 @@ class ReferenceCache:
     def _writing(self) -> Iterator[None]:
         """Make the directory, and explain why something cannot be written to it."""
         try:
-            with explain_full_disk(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                yield
+            self.directory.mkdir(parents=True, exist_ok=True)
+            yield
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(
                 f"The reference's log-probabilities cannot be written to {self.directory} ({error.strerror}). Set "

@@ -1,13 +1,12 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-import errno
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +17,15 @@ from medst_trl.base.fingerprints import fingerprint, same_source
 from medst_trl.base.redaction import HIDDEN, hide_secrets
 from medst_trl.base.registry import Registry
 from medst_trl.pipeline.record import StageRecord, changes_of, is_complete, read_record
-from medst_trl.pipeline.stage import FILE, STAGES, Input, Stage
+from medst_trl.pipeline.stage import FILE, Input, Stage
 
 
 def open_record(directory, overwrite=False, stage="prepare", inputs=None, **settings):
+    """Open the record of a stage whose dataclass has these settings."""
     settings = {"seed": 0, "num_workers": 2, "output_dir": str(directory), "overwrite": overwrite} | settings
-    return StageRecord.open(
-        directory, stage=stage, settings=settings, inputs=inputs, operational={"num_workers"}, overwrite=overwrite
-    )
+    if isinstance(stage, str):
+        stage = Stage(stage, "a test", tuple, print, operational=frozenset({"num_workers"}))
+    return StageRecord.of(stage, make_dataclass("Settings", settings)(**settings), inputs=inputs)
 
 
 def stored(directory):
@@ -86,27 +86,15 @@ def test_a_setting_that_the_record_lacks_is_ignored_if_it_is_none_or_false(tmp_p
         open_record(tmp_path / "next", new_option=False)
 
 
-def test_earlier_defaults_replace_settings_that_the_record_lacks(tmp_path, monkeypatch):
+def test_earlier_defaults_replace_settings_that_the_record_lacks(tmp_path):
     toy = Stage(
         name="toy", summary="", arguments=tuple, main=print, operational=frozenset({"workers"}),
         earlier_defaults={"rate": 0.5},
     )  # fmt: skip
-    monkeypatch.setitem(STAGES._objects, "toy", toy)
-    open_record(tmp_path, stage="toy", workers=1).finish()
-    assert open_record(tmp_path, stage="toy", rate=0.5, workers=2).decision == "skip"
+    open_record(tmp_path, stage=toy, workers=1).finish()
+    assert open_record(tmp_path, stage=toy, rate=0.5, workers=2).decision == "skip"
     with pytest.raises(UserError, match="rate: 0.5 before, 0.6 now"):
-        open_record(tmp_path, stage="toy", rate=0.6)
-
-
-def test_unused_settings_are_not_compared(tmp_path):
-    def start(*unused, **settings):
-        return StageRecord.open(tmp_path, stage="prepare", settings=settings, operational=unused)
-
-    start("language", source="vqa_rad", language="en").finish()
-    assert start("language", source="vqa_rad", language="zh").decision == "skip"
-    assert start("language", source="vqa_rad").decision == "skip"
-    with pytest.raises(UserError, match='source: "vqa_rad" before, "slake" now'):
-        start(source="slake", language="en")
+        open_record(tmp_path, stage=toy, rate=0.6)
 
 
 def test_missing_and_damaged_records_are_read_as_empty(tmp_path):
@@ -176,6 +164,8 @@ def test_the_fingerprint_of_a_directory_depends_on_every_result_file(tmp_path):
 def test_a_hub_id_is_compared_by_its_revision_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     reference = tmp_path / "hub" / "models--org--name" / "refs" / "main"
+    for commit in ("a" * 40, "b" * 40):
+        (tmp_path / "hub" / "models--org--name" / "snapshots" / commit).mkdir(parents=True)
     out = tmp_path / "out"
     record = open_record(out, inputs={"model": "org/name"})
     reference.parent.mkdir(parents=True)
@@ -266,35 +256,48 @@ def test_settings_whose_names_resemble_secrets_are_kept():
     assert hide_secrets(settings) == settings
 
 
-def test_a_second_process_is_refused_with_the_host_and_pid_of_the_first(tmp_path):
-    record = open_record(tmp_path)  # this process holds the lock
-    code = f"""
+OPEN = """
+import sys
+from dataclasses import dataclass
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.record import StageRecord
+from medst_trl.pipeline.stage import Stage
+
+@dataclass
+class Settings:
+    output_dir: str
+    seed: int = 0
+
+stage = Stage("prepare", "a test", tuple, print, operational=frozenset({{"num_workers"}}))
+{}
+"""
+
+
+def test_a_second_process_is_refused_with_the_host_and_pid_of_the_first(tmp_path):
+    record = open_record(tmp_path)  # this process holds the lock
+    code = OPEN.format(f"""
 try:
-    StageRecord.open({str(tmp_path)!r}, stage="prepare", settings={{"seed": 0, "num_workers": 2}})
+    StageRecord.of(stage, Settings({str(tmp_path)!r}))
 except UserError as error:
     print(error)
-"""
+""")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Another process is writing" in result.stdout and record.decision == "start"
     assert f"host {socket.gethostname()}, pid {os.getpid()}" in result.stdout
 
 
 def test_a_record_imports_no_heavy_package(tmp_path):
-    code = f"""
-import sys
-from medst_trl.pipeline.record import StageRecord
-StageRecord.open({str(tmp_path / "out")!r}, stage="x", settings={{}}, inputs={{"model": "org/name"}}).finish()
+    code = OPEN.format(f"""
+StageRecord.of(stage, Settings({str(tmp_path / "out")!r}), inputs={{"model": "org/name"}}).finish()
 print([name for name in ("torch", "transformers", "datasets", "trl", "peft") if name in sys.modules])
-"""
+""")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_path):
     def fail_after(leave, rate):
-        record = StageRecord.open(tmp_path / "out", stage="sft", settings={"rate": rate})
+        record = open_record(tmp_path / "out", stage="sft", rate=rate)
         with pytest.raises(ValueError, match="no such model"), record:
             leave(tmp_path / "out")
             raise ValueError("no such model")
@@ -315,16 +318,7 @@ def test_the_record_of_a_run_that_failed_before_its_first_result_is_removed(tmp_
 def test_a_directory_inside_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file, not a directory. Choose another"):
-        _open(tmp_path / "file" / "out")
-
-
-def test_a_full_disk_names_the_directory_of_the_stage(tmp_path):
-    with pytest.raises(UserError, match=rf"holds {tmp_path} is full.*it resumes"), _open(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def _open(directory):
-    return StageRecord.open(directory, stage="sft", settings={})
+        open_record(tmp_path / "file" / "out")
 
 
 @dataclass
@@ -369,8 +363,7 @@ def test_settings_of_an_unused_engine_are_not_compared(tmp_path):
     stage = Stage("toy", "a test", lambda: (_Arguments, _Engine, _OtherEngine), print)
     arguments = _Arguments(str(tmp_path / "out"), "x")
     # Earlier versions recorded the settings of all engines.
-    settings = vars(arguments) | {"precision": "low", "speed": 1}
-    StageRecord.open(arguments.output_dir, stage="toy", settings=settings).finish()
+    StageRecord.of(stage, arguments, _Engine(), _OtherEngine()).finish()
     assert StageRecord.of(stage, arguments, _Engine()).decision == "skip"
     with pytest.raises(UserError, match="speed"):
         StageRecord.of(stage, arguments, _Engine(), _OtherEngine(2))
@@ -398,10 +391,10 @@ def test_only_settings_of_the_named_engine_are_recorded_and_compared(tmp_path):
     assert changes_of(stage, replace(exact, overwrite=True), _Engine("high")) == []
 
 
-def test_a_plan_does_not_compare_settings_that_a_stage_records_under_another_name(tmp_path):
+def test_a_plan_names_the_changes_for_which_the_stage_would_be_refused(tmp_path):
     stage = Stage("toy", "a test", lambda: (_Arguments,), print)
     arguments = _Arguments(str(tmp_path), "x")
-    StageRecord.open(tmp_path, stage="toy", settings={"source": "x", "results": None}).finish()
+    StageRecord.of(stage, arguments).finish()
     assert changes_of(stage, arguments) == []
     assert changes_of(stage, replace(arguments, results="y")) == ['results: null before, "y" now']
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch  # noqa: F401 (`validate` runs in this process only if torch is imported)
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.stage import MODEL, NO_DATASETS, STAGES, Stage, _in_pipeline_order
@@ -22,7 +21,7 @@ medst toy --pairs runs/demo/judge/preferences --output_dir runs/demo/toy
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medst_trl.base.errors import UserError
@@ -45,7 +44,7 @@ def check(args):
 
 def main(args):
     check(args)
-    record = StageRecord.open(args.output_dir, stage="toy", settings=asdict(args), inputs={"pairs": args.pairs})
+    record = StageRecord.of(STAGE, args)
     if record.decision != "skip":
         Path(args.output_dir, "count.json").write_text(json.dumps({"limit": args.limit}))
         record.finish()
@@ -56,7 +55,7 @@ def plan(counter, args):
     yield from counter.time(args.limit, "pairs")
 
 
-STAGES.register(
+STAGE = STAGES.register(
     Stage(
         name="toy",
         summary="count the pairs of a dataset",

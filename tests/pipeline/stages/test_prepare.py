@@ -182,7 +182,7 @@ def test_a_run_resumes_after_a_full_disk(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("medst_trl.data.schema._write_shard", disk_full)
-        with pytest.raises(UserError, match="is full"):
+        with pytest.raises(OSError, match="No space left on device"):
             prepare(tmp_path, **arguments)
     assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 5
 
