@@ -5,6 +5,7 @@
 import json
 import subprocess
 import sys
+from argparse import ArgumentError
 from dataclasses import dataclass, fields
 
 import pytest
@@ -106,7 +107,7 @@ def test_two_sources_with_settings_of_the_same_name_are_refused(monkeypatch):
 
     monkeypatch.setattr(SOURCES, "_objects", dict(SOURCES._objects))
     SOURCES.register(Source("other", "a test", lambda request: None, SourceCard("A test"), settings=OtherSettings))
-    with pytest.raises(UserError, match="other and the settings of the source slake both have a setting 'language'"):
+    with pytest.raises(ArgumentError, match="conflicting option string: --language"):
         prepare.STAGE.make_parser()
 
 
