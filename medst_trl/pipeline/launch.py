@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from medst_trl.base.errors import UserError, closest, located, number_of
+from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED, cores, launched_kind, stop_signals, world_size
 
-from .recipe_files import read_yaml
+from .recipe_files import find_file, read_yaml
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -76,20 +76,8 @@ class Hardware:
 
 
 def find_config(name_or_path: str) -> Path:
-    """
-    Find an accelerate configuration by its path or, for a packaged one, by its name (`"zero2"`).
-
-    Raises:
-        UserError: if there is no such file.
-    """
-    packaged = {path.stem: path for path in CONFIGS.glob("*.yaml")}
-    path = packaged.get(name_or_path, Path(name_or_path))
-    if path.is_file():
-        return path
-    raise UserError(
-        f"accelerate_config {name_or_path!r} is neither a file nor one of {', '.join(sorted(packaged))}."
-        f"{closest(name_or_path, packaged)}"
-    )
+    """Find an accelerate configuration by its path or, for a packaged one, by its name (`"zero2"`)."""
+    return find_file(name_or_path, CONFIGS, "accelerate_config")
 
 
 def default_config(num_processes: int | None = None) -> str:

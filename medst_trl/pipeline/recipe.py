@@ -98,7 +98,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _PendingStep:
+class _Item:
     """A [`Step`] whose settings are not merged yet: a stage, its section (or one item of it), and its round."""
 
     stage: Stage
@@ -138,7 +138,7 @@ class Recipe:
 
     def __init__(self, path: str, content: Mapping[str, Any], options: Sequence[Option] = ()):
         self.path = path
-        self.sections = {name: _items(path, name, content[name]) for name in STAGES if name in content}
+        self.sections = {name: _items_of(path, name, content[name]) for name in STAGES if name in content}
         self.shared = {key: value for key, value in content.items() if key not in STAGES}
         self.options = options
         self._parser = cache(lambda name: STAGES.get(name).make_parser())  # those of the training stages import torch
@@ -151,19 +151,19 @@ class Recipe:
     @cached_property
     def output_dir(self) -> str:
         """The run directory: from the command line, from the recipe, or named after the recipe."""
-        directory = self._options_for().get("output_dir") or self.shared.get("output_dir")
+        directory = self._shared_options.get("output_dir") or self.shared.get("output_dir")
         return str(directory or Path("runs", Path(self.path).stem))
 
     @cached_property
     def rounds(self) -> int | None:
         """The number of rounds; None to run every stage once, without rounds."""
-        return as_count(self._options_for().get("rounds", self.shared.get("rounds")), "rounds", self.path)
+        return as_count(self._shared_options.get("rounds", self.shared.get("rounds")), "rounds", self.path)
 
     @property
     def labels(self) -> list[str]:
         """The sections, the items of those that are lists, and the rounds."""
-        in_rounds = [step for step in self._without_rounds if step.stage.repeats or step.stage.joins_rounds]
-        labels = [*self.sections, *(step.section for step in self._without_rounds)]
+        in_rounds = [step for step in self._items if step.stage.repeats or step.stage.joins_rounds]
+        labels = [*self.sections, *(step.section for step in self._items)]
         for number in range(1, (self.rounds or 0) + 1):
             labels += [f"round_{number}", *(replace(step, round=number).label for step in in_rounds)]
         return list(dict.fromkeys(labels))
@@ -186,14 +186,14 @@ class Recipe:
             UserError: for all unknown keys and invalid values in the recipe and on the command line, and all errors of
                 `check`, one per line.
         """
-        chosen = [step for step in self._in_order() if which in (None, *step.targets, f"round_{step.round}")]
+        chosen = [step for step in self._all_items() if which in (None, *step.targets, f"round_{step.round}")]
         if not chosen:
             raise UserError(self._no_section(which))
         steps, problems = [], Problems()
         for option in self.options:
             with problems.collect():
-                self._check_option(option, chosen)
-        for key in self.shared | self._options_for():
+                self._check_target(option)
+        for key in self.shared | self._shared_options:
             with problems.collect():
                 self._check_shared_key(key, first=[step.stage.name for step in chosen])
         for step in chosen:
@@ -206,49 +206,51 @@ class Recipe:
     def unused_options(self, steps: Sequence[Step]) -> Iterator[str]:
         """Yield a note for each option for all stages (`--key`) that none of these steps take: it is for others."""
         taken = set(RECIPE_KEYS).union(*(self._shared_keys(step.stage) for step in steps))
-        for key in [key for key in self._options_for() if key not in taken]:
+        for key in [key for key in self._shared_options if key not in taken]:
             by_name = [f"--{step.label}.{key}" for step in steps if key in self._keys(step.stage)]
             advice = f" Use {' and '.join(by_name)} to set it." if by_name else ""
             yield f"--{key} has no effect on {', '.join(step.label for step in steps)}.{advice}"
 
     # The settings of a step
 
-    def _step(self, step: _PendingStep, complete: bool) -> Step:
+    def _step(self, step: _Item, complete: bool) -> Step:
         where, stage = f"{self.path}, section {step.label}", step.stage
-        own = step.settings | self._options_for(*step.targets)
+        own = step.settings | self._section_options(*step.targets)
         if step.round is not None and "output_dir" in own:
             raise UserError(f"{where}: with rounds, output_dir is in the directory of the round. Remove it.")
         for key in LAUNCH_KEYS:
             if key in own and not stage.distributed:
                 raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
-        options = self._options_for(*step.targets).keys()
-        refused = options - self._keys(stage) - step.settings.keys() - set(LAUNCH_KEYS)  # by `_check_option`
-        settings = {key: value for key, value in self._merge(step).items() if key not in refused}
+        settings = self._merge(step)
         config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
         number = as_count(number, "num_processes", where)
         settings = convert(self._parser(stage.name), settings, where, complete)
         return Step(stage, step.label, settings, where, config, number, frozenset(own))
 
-    def _merge(self, step: _PendingStep) -> dict[str, Any]:
+    def _merge(self, step: _Item) -> dict[str, Any]:
         """Merge the settings of a step, in the order in the docstring of this module."""
         taken = self._shared_keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
         shared, options = (
             {key: value for key, value in settings.items() if key in taken}
-            for settings in (self.shared, self._options_for())
+            for settings in (self.shared, self._shared_options)
         )
         settings = {"output_dir": str(Path(self.output_dir, step.label))}
-        settings |= shared | step.settings | options | self._options_for(*step.targets)
+        settings |= shared | step.settings | options | self._section_options(*step.targets)
         settings = self._default_inputs(step, settings) | settings
         if step.round is not None and step.stage.repeats:
-            settings |= self._round_inputs(step, settings) | self._options_for(step.label)
+            settings |= self._round_inputs(step, settings) | self._section_options(step.label)
         return {key: self._with_directories(value, step) for key, value in settings.items()}
 
-    def _options_for(self, *targets: str) -> dict[str, Any]:
-        """Return the options for these sections; later sections win. Without sections: the options for all stages."""
-        names = targets or (None,)
-        return {option.key: option.value for name in names for option in self.options if option.target == name}
+    @cached_property
+    def _shared_options(self) -> dict[str, Any]:
+        """The options for all stages (`--key`)."""
+        return {option.key: option.value for option in self.options if option.target is None}
 
-    def _default_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, str]:
+    def _section_options(self, *targets: str) -> dict[str, Any]:
+        """The options for these sections (`--section.key`); later sections win."""
+        return {option.key: option.value for name in targets for option in self.options if option.target == name}
+
+    def _default_inputs(self, step: _Item, settings: Mapping[str, Any]) -> dict[str, str]:
         """
         The default of each input: the output of the nearest earlier section that makes its kind. If that section is a
         list, the input has no default.
@@ -264,7 +266,7 @@ class Recipe:
                 inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
         return inputs
 
-    def _round_inputs(self, step: _PendingStep, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _round_inputs(self, step: _Item, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that depend on the previous round: its policy, and the number of records used so far."""
         inputs, where = {}, f"{self.path}, section {step.stage.name}"
         stages = map(STAGES.get, self.sections)
@@ -272,7 +274,7 @@ class Recipe:
         policy = next((item for item in step.stage.inputs if item.kind == MODEL and item.has_default), None)
         if step.round > 1 and trained is not None and policy is not None:
             inputs[policy.key] = str(self._directory_of_round(step.round - 1) / trained)
-            if policy.is_remote(settings) and policy.key not in self._options_for(step.label):
+            if policy.is_remote(settings) and policy.key not in self._section_options(step.label):
                 name = f"--round_2/{step.stage.name}"
                 raise UserError(
                     f"{where}: a server cannot switch to the policy of the previous round. Use engine: transformers, "
@@ -288,7 +290,7 @@ class Recipe:
 
     # Directories
 
-    def _with_directories(self, value: Any, step: _PendingStep) -> Any:
+    def _with_directories(self, value: Any, step: _Item) -> Any:
         """A setting in which each `{section}` is replaced by that section's directory."""
         if isinstance(value, list):
             return [self._with_directories(item, step) for item in value]
@@ -297,17 +299,17 @@ class Recipe:
         sections = rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}"
         return re.sub(sections, lambda match: self._directory_of(match[1], step), value)
 
-    def _directory_of(self, section: str, reader: _PendingStep) -> str:
+    def _directory_of(self, section: str, reader: _Item) -> str:
         """The directory of a section (or of one of its items) from which a step reads."""
         if section == RUN:
             return self.output_dir
-        found = next((step for step in self._without_rounds if step.section == section), None)
+        found = next((step for step in self._items if step.section == section), None)
         if found is None:
-            items = [f"{{{step.section}}}" for step in self._without_rounds if step.stage.name == section]
+            items = [f"{{{step.section}}}" for step in self._items if step.stage.name == section]
             problem = f"is a list. Name one of its items: {', '.join(items)}." if items else self._no_section(section)
             raise UserError(f"{self.path}, section {reader.label}: {{{section}}}{' ' if items else ': '}{problem}")
         number = (reader.round or self.rounds) if found.stage.repeats else None
-        own = found.settings | self._options_for(*found.targets)
+        own = found.settings | self._section_options(*found.targets)
         return str(own.get("output_dir") or Path(self._directory_of_round(number), section))
 
     def _directory_of_round(self, number: int | None) -> Path:
@@ -316,12 +318,12 @@ class Recipe:
     # The order of the steps
 
     @property
-    def _without_rounds(self) -> list[_PendingStep]:
-        return [_PendingStep(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
+    def _items(self) -> list[_Item]:
+        return [_Item(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
 
-    def _in_order(self) -> list[_PendingStep]:
+    def _all_items(self) -> list[_Item]:
         """All steps in their order: those before the rounds, the rounds, and those after the rounds."""
-        steps = self._without_rounds
+        steps = self._items
         if self.rounds is None:
             return steps
         order, repeats = list(STAGES), [stage.name for stage in STAGES.values() if stage.repeats]
@@ -337,7 +339,7 @@ class Recipe:
         first = [step for step in steps if step not in repeated and step not in last]
         return [*first, *(replace(step, round=n) for n in range(1, self.rounds + 1) for step in repeated), *last]
 
-    def _reads_a_round(self, step: _PendingStep) -> bool:
+    def _reads_a_round(self, step: _Item) -> bool:
         """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
         if not step.stage.joins_rounds:
             return False
@@ -355,19 +357,12 @@ class Recipe:
         """The settings that a stage takes from the top level of the recipe and from `--key`."""
         return self._keys(stage) - stage.not_shared
 
-    def _check_option(self, option: Option, chosen: Sequence[_PendingStep]) -> None:
-        """Check that an option for a section names a section, and a setting if that section is chosen."""
-        name, target = option.name, option.target
-        if target is None:
-            return
-        if target not in self.labels:
-            raise UserError(f"{name}: {self._no_section(target)}")
-        if re.fullmatch(r"round_\d+", target):
-            raise UserError(f"{name}: name a section, such as {target}/dpo.")
-        stage = next((step.stage for step in chosen if target in step.targets), None)
-        if stage is not None and option.key not in self._keys(stage).union(LAUNCH_KEYS):
-            advice = closest(option.key, self._keys(stage)) or f" See `medst {stage.name} --help`."
-            raise UserError(f"{name}: {stage.name} has no such setting.{advice}")
+    def _check_target(self, option: Option) -> None:
+        """Check that an option is for all stages or for a section."""
+        if option.target is not None and option.target not in self.labels:
+            raise UserError(f"{option.name}: {self._no_section(option.target)}")
+        if re.fullmatch(r"round_\d+", option.target or ""):
+            raise UserError(f"{option.name}: name a section, such as {option.target}/dpo.")
 
     def _check_shared_key(self, key: str, first: Sequence[str]) -> None:
         """Check that a stage here takes a shared key. Those in `first` come first: it imports less."""
@@ -377,7 +372,7 @@ class Recipe:
         if owners := [stage.name for stage in stages if key in self._keys(stage)]:
             raise UserError(f"{self.path}: {key} is not shared. Set it in a section, or as --{owners[0]}.{key}.")
         near = closest(key, {*STAGES, *RECIPE_KEYS}.union(*map(self._keys, stages)))
-        if key in self._options_for():
+        if key in self._shared_options:
             raise UserError(f"--{key}: no stage of {self.path} has such a setting.{near}")
         raise UserError(f"{self.path}: {key!r} is neither a section nor a setting of any stage here.{near}")
 
@@ -386,24 +381,20 @@ class Recipe:
         return f"{self.path} has no section {name!r}. Its sections: {', '.join(labels)}.{closest(name, labels)}"
 
 
-def _items(path: str, name: str, section: Any) -> list[dict[str, Any]]:
+def _items_of(path: str, name: str, section: Any) -> list[dict[str, Any]]:
     """The settings of each item of a section; of the section itself if it is not a list."""
     if section is None:
         return [{}]  # `base:` alone runs it with its defaults
     if isinstance(section, dict):
         return [section]
-    if not isinstance(section, list) or not section or not all(isinstance(item, dict) for item in section):
+    items = [item for item in section if isinstance(item, dict)] if isinstance(section, list) else []
+    names = [str(item.get("name", "")) for item in items]
+    if not items or len(set(filter(re.compile(r"\w[\w-]*").fullmatch, names))) < len(section):
         raise UserError(
-            f"{path}, section {name}: must be `key: value` settings, or a list with a name and settings in each item."
+            f"{path}, section {name}: must be `key: value` settings, or a list of settings in which each item has a "
+            "different `name` of letters, digits, _ and -."
         )
-    names = [str(item.get("name", "")) for item in section]
-    for item_name in names:
-        if not re.fullmatch(r"\w[\w-]*", item_name) or names.count(item_name) > 1:
-            raise UserError(
-                f"{path}, section {name}: each item of a list needs a different `name` of letters, digits, _ and -. "
-                f"Found {item_name!r}."
-            )
-    return [item | {"name": item_name} for item, item_name in zip(section, names)]
+    return [item | {"name": item_name} for item, item_name in zip(items, names)]
 
 
 # Reading
@@ -435,17 +426,13 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     """
     path = find_recipe(source)
     content = _read(path)
-    if any(name in content for name in STAGES):
-        steps = Recipe(str(path), content).steps(stage.name, complete=False)
-        if len(steps) > 1:
-            commands = "".join(f"\n  medst run {path} --stage {step.label}" for step in steps)
-            raise UserError(f"{path} runs {stage.name} several times:{commands}")
-        return steps[0]
-    settings = {key: value for key, value in content.items() if key not in ("env", *LAUNCH_KEYS)}
-    settings = convert(stage.make_parser(), settings, str(path))
-    number = as_count(content.get("num_processes"), "num_processes", str(path))
-    config, given = content.get("accelerate_config"), frozenset(settings)
-    return Step(stage, stage.name, settings, str(path), config, number, given)
+    if not any(name in content for name in STAGES):
+        content = {stage.name: {key: value for key, value in content.items() if key != "env"}}
+    steps = Recipe(str(path), content).steps(stage.name, complete=False)
+    if len(steps) > 1:
+        commands = "".join(f"\n  medst run {path} --stage {step.label}" for step in steps)
+        raise UserError(f"{path} runs {stage.name} several times:{commands}")
+    return steps[0]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,25 +19,32 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 def packaged_recipes() -> dict[str, Path]:
     """The files of the packaged recipes, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    return _files_by_name(RECIPES)
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
+    """Find the file of a recipe; see [`find_file`]."""
+    return find_file(source, RECIPES, "recipe")
+
+
+def find_file(source: str | os.PathLike, directory: Path, kind: str) -> Path:
     """
-    Find the file of a recipe by its path or, for a packaged one, by its name.
+    Find a YAML file by its path or, for a packaged one in `directory`, by its name.
 
     Raises:
         UserError: if there is no such file.
     """
+    packaged = _files_by_name(directory)
     path = Path(source)
-    if path.is_file():
-        return path
-    packaged = packaged_recipes()
-    if str(source) in packaged:
-        return packaged[str(source)]
-    raise UserError(
-        f"{source}: no such file or packaged recipe.{closest(path.stem, packaged)} See `medst recipes ls`."
-    )
+    path = path if path.is_file() else packaged.get(str(source), path)
+    if not path.is_file():
+        near = closest(path.stem, packaged)
+        raise UserError(f"{source}: no such file or packaged {kind}.{near} Choose one of {', '.join(packaged)}.")
+    return path
+
+
+def _files_by_name(directory: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
 
 
 def summary(path: Path) -> str:

@@ -110,7 +110,7 @@ def test_validate_prints_one_message_for_each_problem(capsys):
     assert main(["recipes", "validate", "demo"]) == 0
     assert capsys.readouterr().out.endswith("demo.yaml is valid.\n")
     assert main(["recipes", "validate", "demo", "--sft.learning_rat", "1"]) == 2
-    assert "--sft.learning_rat: sft has no such setting. Did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert "section sft: unknown key 'learning_rat'. Did you mean 'learning_rate'?" in capsys.readouterr().err
     assert main(["recipes", "validate", "demo", "--sft.max_grad_norm", "many"]) == 2  # a setting of transformers
     assert "section sft: max_grad_norm: 'many' is not a valid float" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ def test_values_are_read_as_in_yaml_1_2(tmp_path, text, value):
 
 
 def test_a_local_file_takes_precedence_over_a_packaged_recipe(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="medst recipes ls"):
+    with pytest.raises(UserError, match="no such file or packaged recipe. Choose one of demo,"):
         find_recipe("no_such_recipe")
     path = write(tmp_path, "base:", "demo")
     monkeypatch.chdir(tmp_path)

@@ -124,7 +124,7 @@ def test_a_plugin_stage_is_validated_and_planned(toy, capsys):
     assert main(["recipes", "validate", "mine.yaml", "--toy.limit", "0"]) == 2
     assert "section toy: limit is 0" in capsys.readouterr().err
     assert main(["recipes", "validate", "mine.yaml", "--toy.limits", "2"]) == 2
-    assert "--toy.limits: toy has no such setting. Did you mean 'limit'?" in capsys.readouterr().err
+    assert "section toy: unknown key 'limits'. Did you mean 'limit'?" in capsys.readouterr().err
     assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
     out = capsys.readouterr().out
     rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"

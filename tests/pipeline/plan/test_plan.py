@@ -221,7 +221,7 @@ def test_packaged_recipes_that_start_from_a_tiny_base_have_a_complete_plan(name,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sft.learning_rat", "1"], "--sft.learning_rat: sft has no such setting"),
+        (["--sft.learning_rat", "1"], "section sft: unknown key 'learning_rat'"),
         (["--sft.learning_rate", "fast"], "'fast' is not a valid float"),
         (["--num_processes", "3"], "section sft: effective_batch_size 128 cannot be divided"),
         (["--sft.throughput", "fast"], "'fast' is not a number of examples per second"),

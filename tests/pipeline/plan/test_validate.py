@@ -110,7 +110,11 @@ def test_a_config_for_one_process_allows_only_one_process(check):
             '{prepare}/instruct", engine: server, base_url: http://localhost/v1, max_cost: 5',
             "section generate: max_cost needs prices",
         ),
-        ("zero2", "zero22", "accelerate_config 'zero22' is neither a file nor one of"),
+        (
+            "zero2",
+            "zero22",
+            "zero22: no such file or packaged accelerate_config. Did you mean 'zero2'?",
+        ),
         ("talks.json", "talk.json", "section prepare: data_path: talk.json does not exist"),
         ('generate: {images: "{prepare}/instruct"}\n', "", "section judge: candidates must be set"),
         (
