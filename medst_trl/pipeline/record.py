@@ -332,7 +332,7 @@ def _refuse_changes(stage: Stage, directory: Path, old: dict, new: dict, free: C
 
 def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[str, Any], set[str]]:
     """Return the settings that count in a run, and the names of those that may differ from an earlier run."""
-    chosen = [item for _, items, _ in stage.chosen(vars(args)) for item in items]
+    chosen = _chosen_objects(stage, args)
     used = [args, *_used_settings(stage, chosen, others)]
     settings = {item.name: getattr(part, item.name) for part in used for item in fields(part) if item.init}
     # A local judge decides the result, also one that an earlier run chose and this one does not.
@@ -340,6 +340,15 @@ def _settings_of(stage: Stage, args: Any, others: Sequence[Any]) -> tuple[dict[s
     unused = {item.name for kind in kinds for item in fields(kind)} - settings.keys()
     free = unused.union(*(getattr(item, "operational", ()) for item in chosen))
     return settings, free if "operational" in settings else free.union(getattr(args, "operational", ()))
+
+
+def _chosen_objects(stage: Stage, args: Any) -> list[Any]:
+    """Return the registered objects that `args` name, such as a source or metrics."""
+    chosen = []
+    for key, registry in stage.registries.items():
+        names = getattr(args, key, None) or ()
+        chosen += map(registry.get, [names] if isinstance(names, str) else names)
+    return chosen
 
 
 def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:

@@ -296,14 +296,6 @@ class Stage:
         """Whether one of its outputs is of that kind."""
         return any(output.kind == kind for output in self.outputs)
 
-    def chosen(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[Any], list[Any]]]:
-        """Yield each setting whose value is a name in a registry, the objects that it names, and the others."""
-        for key, registry in self.registries.items():
-            names = settings.get(key)
-            names = names if isinstance(names, list) else [names]
-            chosen = [item for name in names for item in registry.values() if item.name == name]
-            yield key, chosen, [item for item in registry.values() if item.name not in names]
-
     def shown_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """
         Return the settings in a record that cards and the report show: those that `--help` lists and that can change
@@ -312,8 +304,10 @@ class Stage:
         kinds = self.listed() if self.listed is not None else ()
         names = [item.name for kind in kinds for item in fields(kind)] or list(settings)
         hidden = {*self.operational, *(item.key for item in self.inputs), "output_dir", "overwrite"}
-        for _, chosen, _ in self.chosen(settings):
-            hidden = hidden.union(*(getattr(item, "operational", ()) for item in chosen))
+        for key, registry in self.registries.items():
+            for item in registry.values():
+                if item.name == settings.get(key):
+                    hidden |= getattr(item, "operational", frozenset())
         return {
             name: value
             for name in names
@@ -330,10 +324,11 @@ class Stage:
             given (collection of `str`): The settings that the user has given for this stage.
         """
         values = {name: value for item in arguments for name, value in vars(item).items()}
-        for key, chosen, others in self.chosen(values):
-            names = ", ".join(item.name for item in chosen) or None
+        for key, registry in self.registries.items():
+            chosen = values[key] if isinstance(values[key], list) else [values[key]]
+            others = [item for item in registry.values() if item.name not in chosen]
             for item in (item for item in others if getattr(item, "settings", None) is not None):
-                owner = f"the {self.registries[key].kind} {item.name}, and {key} is {names}"
+                owner = f"the {registry.kind} {item.name}, and {key} is {', '.join(map(str, chosen))}"
                 for name in [setting.name for setting in fields(item.settings) if setting.name in given]:
                     yield f"{name} is ignored: it is a setting of {owner}"
 

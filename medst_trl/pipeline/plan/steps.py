@@ -98,8 +98,7 @@ def hardware_of(step: Step) -> Hardware:
     gpus = gpu_count()
     if not step.stage.distributed:
         return Hardware("one process", NOT_DISTRIBUTED, 1, gpus > 0)
-    with located(step.where):
-        hardware = read_config(step.accelerate_config or default_config(step.num_processes), step.num_processes)
+    hardware = read_config(step.accelerate_config or default_config(step.num_processes), step.num_processes)
     processes, shortages = hardware.processes or max(1, gpus) * hardware.machines, []
     if hardware.on_gpu and gpus < processes // hardware.machines:
         here = number_of(gpus, "GPU") if gpus else "none"

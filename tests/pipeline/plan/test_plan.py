@@ -166,10 +166,11 @@ def test_a_model_that_is_on_another_machine_is_reported(recipe, capsys):
     assert found["sft"]["model"] == ["not on this machine: /cluster/models/llava"] and found["sft"]["batch"]
 
 
-def test_finished_stages_have_no_rows(recipe, tmp_path, capsys):
-    (tmp_path / "out" / "sft").mkdir(parents=True)
-    record = {"stage": "sft", "status": "complete", "versions": {}, "inputs": {}, "settings": {}}
-    (tmp_path / "out" / "sft" / "stage.json").write_text(json.dumps(record))
+def test_finished_stages_have_no_rows(recipe, capsys):
+    from medst_trl.pipeline.plan.steps import stage_arguments
+
+    (step,) = read_recipe(recipe).steps("sft")
+    StageRecord.of(step.stage, *stage_arguments(step), inputs={"dataset": "some-org/conversations"}).finish()
     found = plan(capsys, recipe)
     assert "already finished" in found["sft"][""][0] and len(found["sft"]) == 1
     assert "trains" in plan(capsys, recipe, "--overwrite")["sft"]
