@@ -22,7 +22,7 @@ from pathlib import Path
 from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.processes import NOT_DISTRIBUTED, SHARDED, cores, launched_kind, stop_signals, world_size
 
-from .recipe_files import find_file, read_yaml
+from .recipe_files import find_yaml, read_yaml
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -77,7 +77,7 @@ class Hardware:
 
 def find_config(name_or_path: str) -> Path:
     """Find an accelerate configuration by its path or, for a packaged one, by its name (`"zero2"`)."""
-    return find_file(name_or_path, CONFIGS, "accelerate_config")
+    return find_yaml(name_or_path, CONFIGS, "accelerate_config")
 
 
 def default_config(num_processes: int | None = None) -> str:

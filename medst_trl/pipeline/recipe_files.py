@@ -23,11 +23,11 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
-    """Find the file of a recipe; see [`find_file`]."""
-    return find_file(source, RECIPES, "recipe")
+    """Find the file of a recipe; see [`find_yaml`]."""
+    return find_yaml(source, RECIPES, "recipe")
 
 
-def find_file(source: str | os.PathLike, directory: Path, kind: str) -> Path:
+def find_yaml(source: str | os.PathLike, directory: Path, kind: str) -> Path:
     """
     Find a YAML file by its path or, for a packaged one in `directory`, by its name.
 
