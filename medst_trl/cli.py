@@ -37,7 +37,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import Option, actions_of, as_count, parse, read_options, take, words_of
+from medst_trl.pipeline.options import as_count, convert, parse, read_options, take
 from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
 from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 from medst_trl.pipeline.record import RUN_VARIABLE
@@ -170,7 +169,7 @@ def run_recipe(argv: list[str]) -> int | None:
         print(f"Note: {note}", file=sys.stderr)
     if which is None and any(option.key == "overwrite" and option.target is None for option in options):
         _confirm_overwrite(steps)
-    code = _run_steps(steps, [_command(recipe.path, step, options) for step in steps])
+    code = _run_steps(steps, [_command(recipe.path, step, argv[1:]) for step in steps])
     if code == 0:
         print(f"\nDone. Everything is in {recipe.output_dir}:")
         width = max(len(step.label) for step in steps) + 2
@@ -198,9 +197,9 @@ def _confirm_overwrite(steps: Sequence[Step]) -> None:
             raise UserError("Nothing was deleted. To start one stage again: --stage NAME --overwrite.")
 
 
-def _command(path: str, step: Step, options: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
-    """The command that runs a step in its own process, and its environment."""
-    program = ["medst_trl", path, "--stage", step.label, *words_of(options)]
+def _command(path: str, step: Step, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a step in its own process, and its environment. The last --stage counts."""
+    program = ["medst_trl", path, *options, "--stage", step.label]
     if step.stage.distributed:
         return launch.launch_command(program, step.accelerate_config, step.num_processes)
     return [sys.executable, "-m", *program], dict(os.environ)
@@ -275,18 +274,17 @@ def _check_launch(steps: Sequence[Step], path: str) -> None:
 
 def _stage(stage: Stage, argv: list[str]) -> int | None:
     name = f"medst {stage.name}"
-    words, options = read_options(argv)
     if {"-h", "--help"} & set(argv):
         stage.make_parser(is_listing="all" not in argv).print_help()
         return 0
-    parser = stage.make_parser()
+    words, options = read_options(argv)
+    if words:
+        raise UserError(f"{name}: unknown option {words[0]!r}. See `{name} --help`.")
     file, options = take(options, "config")
     config, options = take(options, "accelerate_config")
     number, options = take(options, "num_processes")
-    unknown = [*words, *(word for option in options if (word := option.name) not in parser._option_string_actions)]
-    if unknown:
-        near = closest(unknown[0], [f"--{key}" for key in actions_of(parser)])
-        raise UserError(f"{name}: unknown option {unknown[0]!r}.{near} See `{name} --help`.")
+    own = {option.name.removeprefix("--"): option.value for option in options}
+    own = convert(stage.make_parser(), own, name)
     step = step_of_file(stage, file) if file else Step(stage, stage.name, {}, name)
     config = config or step.accelerate_config
     num_processes = as_count(number, "num_processes", name) or step.num_processes
@@ -294,7 +292,7 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
         raise UserError(f"{name} runs in a single process and takes neither accelerate_config nor num_processes.")
     if (config or num_processes) and not launch.is_launched():
         return launch.run(*launch.launch_command(["medst_trl.cli", stage.name, *argv], config, num_processes))
-    _run(replace(step, where=name, accelerate_config=config, num_processes=num_processes), options)
+    _run(Step(stage, step.label, step.settings | own, name, config, num_processes, step.given.union(own)))
     leave_peers()
     return 0
 
@@ -302,12 +300,11 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
 # Run a stage in this process
 
 
-def _run(step: Step, options: Sequence[Option] = ()) -> None:
-    """Run a step. The options take precedence over its settings."""
+def _run(step: Step) -> None:
     launch.check_launched(step.accelerate_config, step.num_processes, step.where)
     launch.use_one_gpu()
-    arguments = parse(step.stage.make_parser(), step.settings, step.where, words_of(options))
-    for note in step.stage.ignored(arguments, {*step.given, *(option.key for option in options)}):
+    arguments = parse(step.stage.make_parser(), step.settings, step.where)
+    for note in step.stage.ignored(arguments, step.given):
         if rank() == 0:
             print(f"Note: {step.where}: {note}.", file=sys.stderr)
     run_stage(step.stage, arguments)

@@ -31,8 +31,8 @@ class Option:
             applies to every stage that has this setting.
         key (`str`):
             The setting.
-        value (`str`, `list` of `str` or `bool`):
-            The text; True for a flag without a value.
+        value (`str` or `tuple` of `str`):
+            The word after it; a tuple if there are several or none.
     """
 
     target: str | None
@@ -42,20 +42,6 @@ class Option:
     @property
     def name(self) -> str:
         return f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
-
-    def as_words(self) -> list[str]:
-        """The option as words of another command line."""
-        if isinstance(self.value, list):
-            return [self.name, *self.value]
-        if self.value is True:
-            return [self.name]
-        is_option = self.value.startswith("-") or _opens_option(self.value)
-        return [f"{self.name}={self.value}"] if is_option else [self.name, self.value]
-
-
-def words_of(options: Iterable[Option]) -> list[str]:
-    """Options as words of another command line."""
-    return [word for option in options for word in option.as_words()]
 
 
 _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
@@ -84,8 +70,8 @@ def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
         values = [text] if equals else []
         while not equals and rest and not _opens_option(rest[0]):
             values.append(rest.pop(0))
-        value = values if len(values) > 1 else values[0] if values else True
         target, _, key = name.rpartition(".")
+        value = values[0] if len(values) == 1 else tuple(values)
         options.append(Option(target or None, key.replace("-", "_"), value))
     refuse_secrets(option.key for option in options)
     return words, options
@@ -96,13 +82,14 @@ def _opens_option(word: str) -> bool:
 
 
 def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple[Any, list[Option]]:
-    """Return the value of an option for all stages (None if it is missing), and the other options."""
+    """Return the value of an option for all stages (None or False if it is missing), and the other options."""
     own = [option.value for option in options if option.target is None and option.key == key]
-    if is_flag and own not in ([], [True]):
-        raise UserError(f"--{key} is a flag and takes no value.")
-    if not is_flag and not all(isinstance(value, str) for value in own):
-        raise UserError(f"argument --{key}: expected one argument. Give a value.")
-    return own[-1] if own else None, [option for option in options if option.target or option.key != key]
+    rest = [option for option in options if option.target is not None or option.key != key]
+    if is_flag and not any(own):
+        return bool(own), rest
+    if is_flag or not all(isinstance(value, str) for value in own):
+        raise UserError(f"--{key} takes {'no' if is_flag else 'one'} value.")
+    return own[-1] if own else None, rest
 
 
 def refuse_secrets(keys: Iterable[str]) -> None:
@@ -156,6 +143,8 @@ def convert(
     actions, problems, converted = actions_of(parser), Problems(), {}
     for key, value in settings.items():
         with problems.collect():
+            if key.startswith("no_") and value in (True, ()) and f"--{key}" in parser._option_string_actions:
+                key, value = key.removeprefix("no_"), False  # --no_x turns a flag off
             if key not in actions:
                 advice = closest(key, actions) or f" See `{parser.prog} --help`."
                 raise UserError(f"{where}: unknown key {key!r}.{advice}")
@@ -170,26 +159,19 @@ def convert(
     return converted
 
 
-def parse(
-    parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str, argv: Iterable[str] = ()
-) -> tuple[Any, ...]:
+def parse(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     """
-    Fill the parser's dataclasses from converted `settings` and from `argv`, which takes precedence.
+    Fill the parser's dataclasses from converted `settings`.
 
     Raises:
-        UserError: if a dataclass refuses a value, or a word of `argv` belongs to no setting.
+        UserError: if a dataclass refuses a value, or a required setting is missing.
     """
     parser.set_defaults_with_config(**settings)
     try:
-        *arguments, rest = parser.parse_args_into_dataclasses(
-            args=list(argv), look_for_args_file=False, return_remaining_strings=True
-        )
+        return parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     # A dataclass's own checks: TrainingArguments opens files, and looks for packages and devices.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"{where}: {error}") from error
-    if rest:
-        raise UserError(f"{where}: unknown option {rest[0]!r}. See `{parser.prog} --help`.")
-    return tuple(arguments)
 
 
 def _takes_none(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
@@ -203,8 +185,12 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
         raise UserError(f"{where}: put a reference such as '{{{next(iter(value))}}}' in quotes.")
     if value is None or isinstance(value, dict):
         return value
+    if value == () and action.nargs == "?":  # a flag on the command line
+        return True
+    if value == () or (isinstance(value, tuple) and action.nargs != "+"):
+        raise UserError(f"{where}: expected one value, not {len(value)}.")
     if action.nargs == "+":
-        return [_convert_text(action, item, where) for item in (value if isinstance(value, list) else [value])]
+        return [_convert_text(action, item, where) for item in (value if isinstance(value, list | tuple) else [value])]
     return value if isinstance(value, list) else _convert_text(action, value, where)
 
 

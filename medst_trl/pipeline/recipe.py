@@ -292,8 +292,8 @@ class Recipe:
 
     def _with_directories(self, value: Any, step: _Item) -> Any:
         """A setting in which each `{section}` is replaced by that section's directory."""
-        if isinstance(value, list):
-            return [self._with_directories(item, step) for item in value]
+        if isinstance(value, list | tuple):
+            return type(value)(self._with_directories(item, step) for item in value)
         if not isinstance(value, str):
             return value
         sections = rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}"

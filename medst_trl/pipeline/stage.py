@@ -25,7 +25,6 @@ built-in stages are imported when `STAGES` is first read, so their modules impor
 and `main` import what they need when they are called.
 """
 
-import re
 import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -345,10 +344,8 @@ class Stage:
         # TRL 1.16 and PEFT 0.21 use a name that transformers 5.23 has deprecated. Users can do nothing about it.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         kinds = self.listed() if is_listing and self.listed is not None else self.arguments()
-        # Without abbreviations: one could be meant for the launcher.
-        parser = TrlParser(kinds, prog=f"medst {self.name}", formatter_class=_Help, allow_abbrev=False)
+        parser = TrlParser(kinds, prog=f"medst {self.name}", formatter_class=_Help)
         parser.description, parser.error = self.help.strip(), self.refuse
-        parser._negative_number_matcher = re.compile(r"-\.?\d")  # as in Python 3.14, for `--window -600,1500`
         for key, registry in self.registries.items():
             action = parser._option_string_actions[f"--{key}"]
             names = ", ".join(f"{item.name} ({item.summary})" for item in registry.values())

@@ -177,15 +177,17 @@ def test_help_leaves_out_the_negative_spelling_of_flags(capsys):
     ("argv", "message"),
     [
         (["sfft"], "Unknown command 'sfft'. Did you mean 'sft'?"),
-        (["base", "--output_dri", "x"], "unknown option '--output_dri'. Did you mean '--output_dir'?"),
+        (["base", "--output_dri", "x"], "unknown key 'output_dri'. Did you mean 'output_dir'?"),
         (["base"], "required: --output_dir"),
-        (["base", "--output_dir", "x", "--warmup_steps", "many"], "invalid int value: 'many'"),
-        (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean '--warmup_steps'?"),  # no abbreviations
+        (["base", "--output_dir", "x", "--warmup_steps", "many"], "warmup_steps: 'many' is not a valid int"),
+        (["base", "--output_dir", "x", "--warmup_step", "3"], "Did you mean 'warmup_steps'?"),  # no abbreviations
         (["base", "stray"], "unknown option 'stray'"),
-        (["base", "--output_dir", "x", "stray"], "unknown option 'stray'"),
+        (["base", "--output_dir", "x", "stray"], "output_dir: expected one value, not 2"),
+        (["base", "--output_dir"], "output_dir: expected one value, not 0"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
-        (["base", "--config"], "argument --config: expected one argument"),
-        (["evaluate", "--machine_rank", "1"], "unknown option '--machine_rank'"),  # of `accelerate launch`
+        (["base", "--config"], "--config takes one value."),
+        (["run", "demo", "--dry_run", "false"], "--dry_run takes no value."),
+        (["evaluate", "--machine_rank", "1"], "unknown key 'machine_rank'"),  # of `accelerate launch`
         (["base", "--api_key=very-secret"], "secrets do not belong"),
         (["run", "no_such_recipe"], "no such file or packaged recipe"),
         (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),

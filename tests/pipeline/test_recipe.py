@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
 from medst_trl.pipeline.options import Option, actions_of, read_options
@@ -322,29 +320,38 @@ def test_a_section_that_is_a_list_is_refused_for_one_stage(tmp_path):
 # Options
 
 
-names = st.from_regex(r"[a-z]+(_[a-z]+)?", fullmatch=True).filter(
-    lambda name: "token" not in name and "secret" not in name
-)
-values = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
-options = st.builds(
-    Option,
-    st.none() | st.sampled_from(["sft", "prepare/vqa-rad"]),
-    names,
-    st.just(True) | values | st.lists(st.from_regex(r"\w+", fullmatch=True), min_size=2, max_size=4),
-)
-
-
-@given(st.lists(options))
-def test_options_survive_a_round_trip(given_options):
-    words = [word for option in given_options for word in option.as_words()]
-    assert read_options(["recipe.yaml", *words]) == (["recipe.yaml"], given_options)
-
-
 def test_leading_words_are_recipes():
-    assert read_options(["a.yaml", "b.yaml", "--learning-rate", "-1e-4", "sft.x=1 = 2"]) == (
+    options = ["--learning-rate", "-1e-4", "sft.x=1 = 2", "--prepare/vqa-rad.a", "1", "2", "--flag"]
+    assert read_options(["a.yaml", "b.yaml", *options]) == (
         ["a.yaml", "b.yaml"],
-        [Option(None, "learning_rate", "-1e-4"), Option("sft", "x", "1 = 2")],
+        [
+            Option(None, "learning_rate", "-1e-4"),
+            Option("sft", "x", "1 = 2"),
+            Option("prepare/vqa-rad", "a", ("1", "2")),
+            Option(None, "flag", ()),
+        ],
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base.output_dir"], "section base: output_dir: expected one value, not 0"),
+        (["--base.seed", "1", "2"], "section base: seed: expected one value, not 2"),
+        (["--sft.dataset"], "section sft: dataset: expected one value, not 0"),
+    ],
+)
+def test_an_option_with_the_wrong_number_of_values_is_refused(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        steps(tmp_path, FULL, *words)
+
+
+def test_flags_and_lists_are_converted_like_those_of_a_recipe(tmp_path):
+    words = ["--sft.dataset", "a", "b", "--sft.train_vusr", "--sft.no_use_lora", "--base.overwrite"]
+    found = steps(tmp_path, FULL, *words)
+    settings = found["sft"].settings
+    assert (settings["dataset"], settings["train_vusr"], settings["use_lora"]) == (["a", "b"], True, False)
+    assert found["base"].settings["overwrite"] is True
 
 
 # Packaged recipes
