@@ -147,7 +147,7 @@ def fill_rows(path: Path, ids: Collection[str], compute: Callable[[set[str]], It
     if not done.issuperset(ids):
         append_rows(path, compute(done), state.process_index)
         state.wait_for_everyone()
-    if state.is_main_process:
+    if state.is_main_process and not path.exists():  # another run may have computed the same rows meanwhile
         merge_rows(path, ids)
     state.wait_for_everyone()
 

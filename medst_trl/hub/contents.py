@@ -115,7 +115,7 @@ def _dataset(directory: Path) -> Contents:
     if name == "instruct":
         messages = pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"]
         name = name if any(messages.to_pylist()) else "images"  # without labels
-    references = sorted(directory.glob(f"{REFERENCE_FOLDER}/*.parquet")) if name == "preferences" else []
+    references = sorted(directory.glob(f"{REFERENCE_FOLDER}/*.jsonl")) if name == "preferences" else []
     return Contents(directory, name, [path.relative_to(directory).as_posix() for path in [*shards, *references]])
 
 

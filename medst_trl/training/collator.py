@@ -59,8 +59,7 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         `dict`: TRL's `input_ids`, `attention_mask`, `labels` of shape (batch, length), `pixel_values` and the
         processor's other outputs, and `question_mask` (batch, length): `True` where a label belongs to a question. If
         there are any, `rejected` maps the ids of rejected examples to the reason (`too_long`, `nothing_to_train`,
-        `unreadable_image`, `extreme_aspect_ratio`), `truncated` lists those that end early, and `neutralised` counts
-        control tokens in data.
+        `unreadable_image`, `extreme_aspect_ratio`).
 
     Raises:
         UserError: if an example's images and placeholders differ in number, or the template cannot render it.
@@ -136,28 +135,30 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
     def _collate(self, all_conversations: list[ImageConversation]) -> dict[str, Any]:
         conversations = [conversation for conversation in all_conversations if _targets(conversation)]
         rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
-        truncated = set()
-        while conversations:
-            batch, spans, rendered = encode(self.processor, conversations, self.pad_to_multiple_of)
-            spans = [row[-len(_targets(c)) :] for row, c in zip(spans, conversations, strict=True)]
-            fitting = [self._fit(*row) for row in zip(conversations, spans, strict=True)]
-            if fitting == conversations:
-                break
-            rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
-            truncated |= {new.id for old, new in zip(conversations, fitting, strict=True) if new not in (None, old)}
-            conversations = [conversation for conversation in fitting if conversation is not None]
-        else:
-            # One token without a label: a rank whose whole batch was rejected still takes part in the step.
-            token = torch.tensor([[tokenizer_of(self.processor).eos_token_id]])
-            batch, spans, rendered = {"input_ids": token, "attention_mask": torch.ones_like(token)}, [[]], []
+        batch, spans, fitting = self._encode_fitting(conversations)
+        rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
         self._label(batch, spans)
         if self.packing is not None:
-            images = [len(conversation.images) for conversation in conversations]
+            images = [len(conversation.images) for conversation in fitting if conversation is not None]
             pack(batch, self.packing, images, tokenizer_of(self.processor).pad_token_id, self.pad_to_multiple_of)
-        neutralised = sum(conversation.neutralised for conversation in rendered)
-        notes = {"rejected": rejected, "truncated": sorted(truncated - rejected.keys()), "neutralised": neutralised}
-        batch.update({name: value for name, value in notes.items() if value})
+        if rejected:
+            batch["rejected"] = rejected
         return batch
+
+    def _encode_fitting(
+        self, conversations: list[ImageConversation | None]
+    ) -> tuple[dict[str, Any], list[list[Span]], list[ImageConversation | None]]:
+        """Encode each conversation up to the last answer that fits. Those without one become `None`."""
+        kept = [conversation for conversation in conversations if conversation is not None]
+        if not kept:
+            # One token without a label: a rank whose whole batch was rejected still takes part in the step.
+            token = torch.tensor([[tokenizer_of(self.processor).eos_token_id]])
+            return {"input_ids": token, "attention_mask": torch.ones_like(token)}, [[]], conversations
+        batch, spans, _ = encode(self.processor, kept, self.pad_to_multiple_of)
+        spans = [row[-len(_targets(conversation)) :] for row, conversation in zip(spans, kept, strict=True)]
+        fitted = map(self._fit, kept, spans)
+        fitting = [None if conversation is None else next(fitted) for conversation in conversations]
+        return (batch, spans, conversations) if fitting == conversations else self._encode_fitting(fitting)
 
     def _conversation(self, example: dict[str, Any]) -> ImageConversation:
         conversation = as_conversation(example)
@@ -210,10 +211,11 @@ def usable_conversations(
         if max_length is None or estimate + 16 * len(conversation.messages) + 100 <= max_length:
             return length, False
         blank = [Image.new("RGB", size) for size in conversation.images]
-        batch = longest._collate([replace(conversation, images=blank)])
-        if "rejected" in batch:
+        conversation = replace(conversation, images=blank)
+        _, _, [fitting] = longest._encode_fitting([conversation])
+        if fitting is None:
             raise BadRecord("too_long")
-        return min(length, max_length), "truncated" in batch
+        return min(length, max_length), fitting != conversation
 
     return usable_examples(dataset, check, max_length, name)
 

@@ -1,20 +1,19 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: TRL's DPOTrainer on image conversations, with a true copy of the policy it starts from as the reference."""
+"""Stage 2: TRL's DPOTrainer on image conversations. The reference model is a frozen copy of the initial policy."""
 
-import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_choice, make_lists
 from medst_trl.data.conform import conform, missing_columns
+from medst_trl.data.identify import with_image_ids
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 
@@ -22,8 +21,7 @@ from .images import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share
-from .reference_log_probs import PrecomputesReference, cache_of_reference, sharing_weights
-from .rejected import UsableExamples
+from .reference_log_probs import PrecomputesReference, hash_of_reference, sharing_weights
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer, datasets_by_name
 from .upstream import complete_reference_adapter, fused_outputs, keep_requires_grad
@@ -31,9 +29,7 @@ from .upstream import complete_reference_adapter, fused_outputs, keep_requires_g
 
 logger = get_logger(__name__)
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
-DISPLACEMENT_PATIENCE = 3  # logs in a row, so that one unlucky batch does not count
 
 
 @dataclass
@@ -50,13 +46,8 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
     def __post_init__(self):
         make_lists(self, "loss_type")
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
-        strategy, known = self.train_sampling_strategy, SAMPLING_STRATEGIES
-        if strategy == "batch_rebalance":
-            raise ValueError("batch_rebalance needs a column of lengths, which pairs lack. Use group_by_length.")
-        if strategy not in known:
-            hint = closest(str(strategy), known)
-            raise ValueError(f"Unknown train_sampling_strategy {strategy!r}.{hint} Choose one of {', '.join(known)}.")
-        check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)  # as TRL does in the first step
+        # Not batch_rebalance: it needs a column of lengths, which pairs lack.
+        check_choice("train_sampling_strategy", self.train_sampling_strategy or "", SAMPLING_STRATEGIES)
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}. It must be above 0.")
         if self.precompute_ref_log_probs and self.sync_ref_model:
@@ -72,12 +63,12 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     Losses and metrics are those of TRL's [`~trl.DPOTrainer`], and losses registered in `LOSSES`. The reference is the
     policy at the start: a frozen copy of an adapter that is trained further, in all its parts (LoRA, projector,
     `<vusr>` row); the model alone under a new adapter; a copy of the whole model without an adapter. Pairs that cannot
-    be used are rejected before the first step: `pairs` are those of the training set that are left, and
-    `rejected_records` has the reason of each other pair by id (`eval/ID` in an evaluation set, `eval_NAME/ID` in one
-    of several), as has `rejected.jsonl` in `output_dir`. Further metrics are the mean
-    answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how much
-    more likely the answers are than under the reference, in nats. A warning is logged when the chosen answers become
-    less likely too (likelihood displacement).
+    be used are rejected before the first step: `rejected_records` has the reason of each by id (`eval/ID` in an
+    evaluation set, `eval_NAME/ID` in one of several), as has `rejected.jsonl` in `output_dir`. Further metrics are the
+    mean answer `lengths/chosen` and `lengths/rejected` in tokens, and `logratios/chosen` and `logratios/rejected`, how
+    much more likely the answers are than under the reference, in nats. Below zero, the chosen answers have become less
+    likely too (likelihood displacement, https://huggingface.co/papers/2410.08847): the margin may grow while the model
+    gets worse.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -108,29 +99,30 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "medst_trl", "self-training"]  # noqa: RUF012 (as in TRL)
     _name = "Multimodal DPO"
-    extra_columns = ("id", "weight", "probability")
+    extra_columns = ("id", "image_ids", "weight", "probability")
 
     def __init__(
         self, model, args: MultimodalDPOConfig, *, train_dataset, eval_dataset=None, processing_class=None, **kwargs
     ):
         datasets = datasets_by_name(train_dataset, eval_dataset).items()
-        datasets = {name: _as_pairs(dataset, name) for name, dataset in datasets}
+        datasets = {name: _as_pairs(dataset, name, args) for name, dataset in datasets}
         if kwargs.get("data_collator") is None:
             check_has_images(train_dataset)
         model, processing_class = self.load_model(model, processing_class, args)
+        train_dataset, eval_dataset = self.reject_examples(
+            args, datasets, usable_pairs, processing_class, args.max_length
+        )
+        shares_prefix = args.share_prefix and _can_share_prefix(model)
+        collator = kwargs.pop("data_collator", None) or _default_collator(processing_class, args, shares_prefix)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         given = kwargs.pop("ref_model", None)
-        reference = given or _make_reference(model, args, kwargs.get("peft_config"))
-        collator = kwargs.pop("data_collator", None) or _default_collator(model, processing_class, args)
-        how = (usable_pairs, processing_class, args.max_length)
-        train_dataset, eval_dataset = self.reject_examples(args, datasets, *how)
         precomputes = args.precompute_ref_log_probs
-        cache = cache_of_reference(given or model, processing_class, collator, args) if precomputes else None
+        reference_hash = hash_of_reference(given or model, processing_class, collator, args) if precomputes else None
         args.precompute_ref_log_probs = False  # TRL (1.16) refuses it for images: its columns would copy them
         try:
             super().__init__(
                 model=model,
-                ref_model=reference,
+                ref_model=given or _make_reference(model, precomputes, kwargs.get("peft_config")),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -142,40 +134,28 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
             args.precompute_ref_log_probs = precomputes
         # Save only the policy's adapter: the reference equals the adapter that training starts from.
         self.prepare_for_training(self.ref_model, selected_adapters=["default"])
-        self._share_prefix()
+        if shares_prefix:
+            self._share_prefix()
         self._separate_losses()
-        self.add_callback(WarnOfDisplacement())
-        if "ref" in getattr(self.model, "peft_config", ()):  # TRL's copy of an adapter that is trained further
-            complete_reference_adapter(self.model, trained)
-        if precomputes and given is None and hasattr(self.model, "peft_config"):  # it shares the policy's weights
-            train_in_full_precision(self.ref_model)
+        complete_reference_adapter(self.model, trained)
         if precomputes:
-            self.precompute_reference(cache)
-
-    @property
-    def pairs(self) -> UsableExamples:
-        return self.usable["train"]
+            if given is None and hasattr(self.model, "peft_config"):  # the reference shares the policy's weights
+                train_in_full_precision(self.ref_model)
+            self.precompute_reference(reference_hash)
 
     def _share_prefix(self) -> None:
-        """Let policy and reference read both answers after one prompt, or warn of the obstacle."""
-        if not self.args.share_prefix:
-            return
-        if (obstacle := cannot_share(base_of(self.model))) is not None:
-            logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
-            return
-        for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+        for model in filter(None, (self.model, self.ref_model)):
             base = base_of(self.accelerator.unwrap_model(model))
             PrefixSharing(base, is_sharded=self.is_fsdp_enabled or self.is_zero_3())
 
     def _separate_losses(self) -> None:
-        """Leave TRL its own losses, and keep the registered ones with their weights."""
+        """Separate registered losses from TRL's."""
         losses = list(zip(self.loss_types, self.loss_weights, strict=True))
         self.registered_losses = [(LOSSES.get(name), weight) for name, weight in losses if is_registered(name)]
         self.loss_types = [name for name, _ in losses if not is_registered(name)]
         self.loss_weights = [weight for name, weight in losses if not is_registered(name)]
 
     def _compute_loss(self, model, inputs, return_outputs):
-        inputs.pop("neutralised", None)
         columns = {name: inputs.pop(name, None) for name in ("weight", "probability")}
         reference = self.model if self.ref_model is None else self.ref_model
         with keep_requires_grad(self.model), fused_outputs(model) as of_policy, fused_outputs(reference) as of_ref:
@@ -214,42 +194,24 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         )
 
 
-class WarnOfDisplacement(TrainerCallback):
-    """
-    Warns of likelihood displacement (https://huggingface.co/papers/2410.08847), once: DPO widens the margin while the
-    chosen answers become less likely than under the reference too. Margin and accuracy look fine, and the model gets
-    worse. Three logs in a row count.
-    """
-
-    def __init__(self):
-        self.falling = 0
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        change = (logs or {}).get("logratios/chosen")
-        if change is None:
-            return
-        self.falling = self.falling + 1 if change < 0 else 0
-        if self.falling == DISPLACEMENT_PATIENCE and state.is_world_process_zero:
-            logging.getLogger(__name__).warning(
-                f"The chosen answers have become less likely than under the reference, by {-change:.2f} nats on "
-                f"average at step {state.global_step} (likelihood displacement): the margin may grow while the "
-                "model gets worse. Remedies: the `sft` term (loss_type: [sigmoid, sft]), a lower learning rate, a "
-                "higher beta."
-            )
-
-
-def _default_collator(model: Any, processor: Any, args: MultimodalDPOConfig) -> DataCollatorForMultimodalPreference:
+def _default_collator(processor: Any, args: MultimodalDPOConfig, shares_prefix: bool) -> Any:
+    multiple = None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of
     return DataCollatorForMultimodalPreference(
-        processor,
-        max_length=args.max_length,
-        pad_to_multiple_of=None if args.pad_to_multiple_of == "auto" else args.pad_to_multiple_of,
-        share_prefix=args.share_prefix and cannot_share(base_of(model)) is None,
+        processor, max_length=args.max_length, pad_to_multiple_of=multiple, share_prefix=shares_prefix
     )
 
 
-def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> Any:
+def _can_share_prefix(model: Any) -> bool:
+    """Whether both answers of a pair can share their prompt. Logs why not."""
+    obstacle = cannot_share(base_of(model))
+    if obstacle is not None:
+        logger.warning(f"share_prefix: the two answers of a pair are read separately, because {obstacle}.")
+    return obstacle is None
+
+
+def _make_reference(model: Any, precomputes: bool, peft_config: Any) -> Any:
     """The reference if none is given; `None` if it is the policy without its adapter or with the adapter `ref`."""
-    if args.precompute_ref_log_probs:
+    if precomputes:
         return sharing_weights(model)
     if hasattr(model, "peft_config") or peft_config is not None:
         return None
@@ -257,11 +219,13 @@ def _make_reference(model: Any, args: MultimodalDPOConfig, peft_config: Any) -> 
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def _as_pairs(dataset: Any, name: str) -> Dataset:
+def _as_pairs(dataset: Any, name: str, args: MultimodalDPOConfig) -> Dataset:
     """TRL's other forms of pairs in ours, see [`conform`]; what a collator of its own may read stays as it is."""
     if not isinstance(dataset, Dataset):
         raise UserError(
             f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "
             "pairs are checked before training. Give one split as a datasets.Dataset, loaded without streaming."
         )
-    return dataset if missing_columns(dataset.features, "preferences") else conform(dataset, "preferences")
+    if not missing_columns(dataset.features, "preferences"):
+        dataset = conform(dataset, "preferences")
+    return with_image_ids(dataset) if args.precompute_ref_log_probs else dataset

@@ -3,8 +3,7 @@
 """Images of training examples: stored and decoded, their size, and whether they can be read."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -49,21 +48,17 @@ def with_decoded_images(example: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UnreadableImage: if one of them cannot be decoded.
     """
-    return with_images(example, [_decode(item) if isinstance(item, dict) else item for item in images_of(example)])
+    return with_images(example, [_decode(image) for image in images_of(example)])
 
 
-def _decode(image: dict[str, Any]) -> Image.Image:
-    with _reading():
-        return ImageFeature().decode_example(image)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Turn what Pillow's parsers raise on a damaged file, which is almost anything, into [`UnreadableImage`]."""
+def _decode(image: Image.Image | dict[str, Any]) -> Image.Image:
     try:
-        yield
-    except Exception as error:
+        decoded = ImageFeature().decode_example(image) if isinstance(image, dict) else image
+        if not isinstance(decoded, Image.Image):
+            raise TypeError(f"it is of type {type(decoded).__name__}")
+    except Exception as error:  # Pillow's parsers raise almost anything on a damaged file
         raise UnreadableImage(f"The image cannot be read ({type(error).__name__}: {error}).") from error
+    return decoded
 
 
 def check_has_images(dataset: Any) -> None:
@@ -87,11 +82,7 @@ def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     Raises:
         UnreadableImage: if it is missing, truncated, of an unknown format, or too narrow.
     """
-    if isinstance(image, dict):
-        size = _size_of_whole_file(image) or _decode(image).size
-    else:
-        with _reading():
-            size = image.size
+    size = (isinstance(image, dict) and _size_of_whole_file(image)) or _decode(image).size
     if why := aspect_ratio_error([size]):
         raise UnreadableImage(f"The image cannot be used ({why}).", EXTREME_ASPECT_RATIO)
     return size

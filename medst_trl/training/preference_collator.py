@@ -7,7 +7,6 @@ batches, as in stage 1, would leave ranks with batches of different size, which 
 """
 
 from dataclasses import dataclass, field, replace
-from operator import ne
 from typing import Any
 
 import torch
@@ -58,10 +57,10 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         for all rows, or with `share_prefix` for those of the chosen answers alone, and then `prefix_length` of shape
         (batch,), the length of the common prefix of each pair, and `shared_length`, that of the longest pair as one
         sequence. `weight` and `probability`, float32 of shape (batch,), if an example has them; 1 for those that
-        have none. `neutralised` counts control tokens in data, if there are any.
+        have none.
 
     Raises:
-        UserError: if a prompt leaves no room for its answer, or images and placeholders differ in number.
+        UserError: if a prompt is too long, or images and placeholders differ in number.
     """
 
     share_prefix: bool = field(default=False, kw_only=True)
@@ -90,8 +89,6 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             values = [example.get(name) for example in examples]
             if values.count(None) < len(values):
                 batch[name] = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float32)
-        if neutralised := sum(conversation.neutralised for conversation in rendered):
-            batch["neutralised"] = neutralised
         return batch
 
     def _rows(
@@ -106,29 +103,31 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
         texts = tokens_without_images(self.processor, rendered)
         pairs = zip(texts[: len(chosen)], texts[len(chosen) :], strict=True)
         chosen_rows, rejected_rows, prefix_lengths = [], [], []
-        for index, (conversation, ((one, one_answer), (other, other_answer))) in enumerate(zip(chosen, pairs)):
-            images = lengths[index] - len(one)  # tokens that they add before the answers
-            shared = min(one_answer.start, other_answer.start)
-            shared = next((place for place in range(shared) if one[place] != other[place]), shared)
-            prefix = shared + images
-            if inputs["input_ids"][index, prefix : lengths[index]].tolist() != one[shared:]:
+        for index, (conversation, (chosen_text, rejected_text)) in enumerate(zip(chosen, pairs)):
+            (chosen_ids, chosen_span), (rejected_ids, rejected_span) = chosen_text, rejected_text
+            image_tokens = lengths[index] - len(chosen_ids)  # they are before the answers
+            common = min(chosen_span.start, rejected_span.start)
+            common = next((place for place in range(common) if chosen_ids[place] != rejected_ids[place]), common)
+            prefix = common + image_tokens
+            if inputs["input_ids"][index, prefix : lengths[index]].tolist() != chosen_ids[common:]:
                 raise UserError(
                     f"Record {conversation.id!r}: {type(self.processor).__name__} tokenizes the text after an image "
                     "differently without the image, so the two answers cannot share one prompt."
                 )
-            if self.max_length is not None and max(one_answer.start, other_answer.start) + images >= self.max_length:
+            start = max(chosen_span.start, rejected_span.start) + image_tokens
+            if self.max_length is not None and start >= self.max_length:
                 raise UserError(
-                    f"Record {conversation.id!r}: its prompt and image take {one_answer.start + images} tokens, so no "
-                    f"answer fits into max_length={self.max_length}. Raise max_length, or remove the record."
+                    f"Record {conversation.id!r}: its prompt and image take {start} tokens, so no answer fits into "
+                    f"max_length={self.max_length}. Raise max_length, or remove the record."
                 )
             prompt = {name: inputs[name][index, :prefix] for name in inputs.keys() & set(TOKEN_INPUTS)}
-            chosen_rows.append(_row(prompt, one[shared:], one_answer, images))
-            rejected_rows.append(_row(prompt, other[shared:], other_answer, images))
+            chosen_rows.append(_row(prompt, chosen_ids[common:], chosen_span, image_tokens))
+            rejected_rows.append(_row(prompt, rejected_ids[common:], rejected_span, image_tokens))
             prefix_lengths.append(prefix)
         return chosen_rows + rejected_rows, prefix_lengths
 
 
-def _row(prefix: dict[str, torch.Tensor], tail: list[int], answer: Span, images: int) -> dict[str, torch.Tensor]:
+def _row(prefix: dict[str, torch.Tensor], tail: list[int], answer: Span, image_tokens: int) -> dict[str, torch.Tensor]:
     """
     The inputs of one row of a pair.
 
@@ -136,7 +135,7 @@ def _row(prefix: dict[str, torch.Tensor], tail: list[int], answer: Span, images:
         prefix (`dict[str, torch.Tensor]`): Inputs of the tokens that both rows begin with, by name.
         tail (`list[int]`): The other tokens.
         answer (`Span`): The answer in the row without images.
-        images (`int`): Tokens that images add before the answer.
+        image_tokens (`int`): Tokens that images add before the answer.
     """
     row, prefix_length = {}, len(prefix["input_ids"])
     for name, own in prefix.items():
@@ -144,7 +143,7 @@ def _row(prefix: dict[str, torch.Tensor], tail: list[int], answer: Span, images:
         of_tail = torch.tensor(tail) if name == "input_ids" else own[-1:].expand(len(tail), *own.shape[1:])
         row[name] = torch.cat([own, of_tail])
     row["completion_mask"] = torch.zeros(prefix_length + len(tail), dtype=torch.long)
-    row["completion_mask"][answer.start + images : answer.end + images] = 1
+    row["completion_mask"][answer.start + image_tokens : answer.end + image_tokens] = 1
     return row
 
 
@@ -183,6 +182,6 @@ def usable_pairs(
         if max_length is not None and any(answer.start + answer.end > 2 * max_length for answer in answers):
             raise BadRecord("too_long")
         ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
-        return sum(ends) - answers[0].start, any(map(ne, ends, (answer.end for answer in answers)))
+        return sum(ends) - answers[0].start, ends != [answer.end for answer in answers]
 
     return usable_examples(dataset, check, max_length, name)

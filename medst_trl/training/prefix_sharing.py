@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils.memory import should_reduce_batch_size
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
@@ -35,15 +34,10 @@ logger = get_logger(__name__)
 
 PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Nats by which a token's log-probability may differ between the two layouts. A wrong mask or wrong positions make a
-# larger difference; half precision rounds so much that only the mean is informative.
+# larger difference.
 FULL_PRECISION = (torch.float32, torch.float64)
 LARGEST_DIFFERENCE = 1e-3
-MEAN_DIFFERENCE_IN_HALF_PRECISION = 0.05
-
-# A dense mask is faster below about this length and FlexAttention above, see
-# https://github.com/KempnerInstitute/KempnerForge/pull/207 (0.72x at 512, 1.31x at 2048, H200).
-FLEX_FROM = 1024
-FLEX_BLOCK = 128  # lengths are rounded up to its block size, so that it is compiled for few of them
+MEAN_IN_HALF_PRECISION = 0.05
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -99,9 +93,8 @@ class PrefixSharing:
     Make a model with TRL's fused LM head accept batches of [`DataCollatorForMultimodalPreference`] with
     `share_prefix=True`: rows of the stock layout, the images of each pair once. Other batches work as before.
 
-    The first batch is computed in both layouts, as are the first with images, the first without, and the first of each
-    attention implementation. If the two do not agree, such batches are computed in the stock layout from then on
-    (with the images preprocessed once), with a warning.
+    The first batch with images and the first without are computed in both layouts. If the two do not agree, such
+    batches are computed in the stock layout from then on (with the images preprocessed once), with a warning.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -115,41 +108,28 @@ class PrefixSharing:
         PartialState()  # the logger asks it for the rank; with a trainer it exists already
         self.config = model.config.get_text_config()
         self.is_causal = family_of(model.config.model_type).causal
-        self.attention = self.config._attn_implementation
         self.is_sharded = is_sharded
-        self.agrees: dict[tuple[bool, str], bool] = {}  # by whether there are images, and attention implementation
+        self.agrees: dict[bool, bool] = {}  # by whether there are images
         # The function, not the method of this model: a copy of the model must run its own weights.
         self.forward = model.forward.__func__
 
         @functools.wraps(self.forward)
         def forward(model, *args, prefix_length=None, shared_length=None, **inputs):
             if prefix_length is None:
-                if inputs.get("fused_lm_head"):
-                    logger.warning_once("share_prefix: this data_collator makes no batches with a shared prefix.")
-                return self._stock(model, *args, **inputs)
+                return self.forward(model, *args, **inputs)
             if not inputs.get("fused_lm_head"):
-                return self._stock(model, *args, **with_images_twice(inputs))
-            attention = attention_for(self.attention, shared_length, inputs["input_ids"].device)
+                return self.forward(model, *args, **with_images_twice(inputs))
             has_images = any(torch.is_tensor(value) and name not in TOKEN_INPUTS for name, value in inputs.items())
-            kind = (has_images, attention)
-            share = functools.partial(self._shared, model, inputs, prefix_length, shared_length, attention)
-            if kind not in self.agrees:
-                self.agrees[kind] = not (self.is_sharded and self.agrees) and self._compare(model, inputs, share)
-            return share() if self.agrees[kind] else self._stock(model, **with_images_twice(inputs))
+            share = functools.partial(self._shared, model, inputs, prefix_length, shared_length)
+            if has_images not in self.agrees:
+                self.agrees[has_images] = not (self.is_sharded and self.agrees) and self._compare(model, inputs, share)
+            return share() if self.agrees[has_images] else self.forward(model, **with_images_twice(inputs))
 
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
         model.forward = types.MethodType(forward, model)
 
-    def _stock(self, model: PreTrainedModel, *args, **inputs) -> Any:
-        self.config._attn_implementation = self.attention
-        return self.forward(model, *args, **inputs)
-
-    def _shared(
-        self, model: Any, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int, attention: str
-    ) -> Any:
+    def _shared(self, model: Any, inputs: dict[str, Any], prefix_length: torch.Tensor, shared_length: int) -> Any:
         labels = inputs["labels"]
-        if attention == "flex_attention":
-            shared_length = -(-shared_length // FLEX_BLOCK) * FLEX_BLOCK
         layout = SharedLayout.of(inputs["attention_mask"], prefix_length, shared_length)
         positions = _positions(model, inputs, layout, prefix_length)
         tokens = {}
@@ -159,9 +139,7 @@ class PrefixSharing:
         blocks = None
         if not self.is_causal and "token_type_ids" in tokens:
             blocks = get_block_sequence_ids_for_mask(tokens["token_type_ids"])
-        mask = branch_masks(self.config, attention, layout.branch, layout.column, blocks)
-        # Until the next forward: gradient checkpointing runs the layers again in backward.
-        self.config._attn_implementation = attention
+        mask = branch_masks(self.config, layout.branch, layout.column, blocks)
         output = self.forward(model, **{**inputs, **tokens, "attention_mask": mask, "position_ids": positions})
         return _in_stock_layout(output, layout, labels)
 
@@ -171,7 +149,7 @@ class PrefixSharing:
         model.eval()  # dropout would differ
         try:
             with torch.no_grad():
-                stock = self._stock(model, **with_images_twice(inputs)).log_probs
+                stock = self.forward(model, **with_images_twice(inputs)).log_probs
                 problem = _disagreement(stock[scored], lambda: share().log_probs[scored], _is_exact(model))
         finally:
             model.train(training)
@@ -218,14 +196,12 @@ def _disagreement(stock: torch.Tensor, shared: Callable[[], torch.Tensor], exact
         if should_reduce_batch_size(error):
             raise
         return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if exact:
-        found, allowed, kind = difference.max(), LARGEST_DIFFERENCE, "by up to"
-    else:
-        found, allowed, kind = difference.mean(), MEAN_DIFFERENCE_IN_HALF_PRECISION, "on average by"
+    # Half precision rounds so much that only the mean is informative.
+    found, allowed = (difference.max(), LARGEST_DIFFERENCE) if exact else (difference.mean(), MEAN_IN_HALF_PRECISION)
     if found <= allowed:  # false for NaN
-        logger.info(f"share_prefix: both layouts give the same log-probabilities ({kind} {found:.2g} nats per token).")
+        logger.info(f"share_prefix: both layouts give the same log-probabilities (difference: {found:.2g} nats).")
         return None
-    return f"log-probabilities differ {kind} {found:.2g} nats per token (allowed: {allowed:g})"
+    return f"log-probabilities differ by {found:.2g} nats per token (allowed: {allowed:g})"
 
 
 def cannot_share(model: PreTrainedModel) -> str | None:
@@ -237,8 +213,8 @@ def cannot_share(model: PreTrainedModel) -> str | None:
     """
     config = model.config.get_text_config()
     attention = config._attn_implementation
-    if attention not in ("sdpa", "eager", "flex_attention"):
-        return f"attention {attention!r} accepts no mask that separates them (sdpa, eager and flex_attention do)"
+    if attention not in ("sdpa", "eager"):
+        return f"attention {attention!r} is not known to accept a mask that separates them (sdpa and eager do)"
     if unknown := layer_types(config) - {"full_attention", "sliding_attention"}:
         return f"its layers of type {', '.join(sorted(unknown))} would mix the two answers"
     if getattr(config, "cross_attention_layers", None):
@@ -267,8 +243,8 @@ def _in_stock_layout(output: Any, layout: SharedLayout, labels: torch.Tensor) ->
     return output
 
 
-# The attention mask: one rule, from which transformers makes a dense mask and torch one for FlexAttention. A
-# four-dimensional mask, or a dict of them by layer type, passes through a model's forward unchanged.
+# The attention mask: a four-dimensional mask, or a dict of them by layer type, passes through a model's forward
+# unchanged.
 
 
 def layer_types(config: PreTrainedConfig) -> set[str]:
@@ -286,31 +262,15 @@ def layer_types(config: PreTrainedConfig) -> set[str]:
     return {_FULL if getattr(config, "sliding_window", None) is None else _SLIDING}
 
 
-def attention_for(own: str, length: int, device: torch.device) -> str:
-    """
-    The attention implementation for masks of this length: the model's `own`. A model loaded with `flex_attention` gets
-    dense masks where those are faster, and on a CPU, where FlexAttention cannot train.
-    """
-    if own == "flex_attention" and (device.type == "cpu" or length < FLEX_FROM):
-        return "sdpa"
-    return own
-
-
 def branch_masks(
-    config: PreTrainedConfig,
-    implementation: str,
-    branches: torch.Tensor,
-    positions: torch.Tensor,
-    blocks: torch.Tensor | None = None,
-) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
+    config: PreTrainedConfig, branches: torch.Tensor, positions: torch.Tensor, blocks: torch.Tensor | None = None
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     Attention mask in which every branch sees the trunk and itself, and no other branch.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            Configuration of the text model: its layer types and sliding window.
-        implementation (`str`):
-            `sdpa`, `eager` or `flex_attention`.
+            Configuration of the text model: its layer types, sliding window and attention implementation.
         branches (`torch.Tensor` of shape (batch, length)):
             0 for the trunk, another number for each branch (padding is one).
         positions (`torch.Tensor` of shape (batch, length)):
@@ -319,8 +279,8 @@ def branch_masks(
             Tokens with the same number, 0 or more, see each other in both directions (Gemma 3's images); -1 elsewhere.
 
     Returns:
-        A mask of shape (batch, 1, length, length), boolean for SDPA and additive for eager attention, or a
-        `BlockMask`; if layers differ in type, a dict of them by type.
+        A mask of shape (batch, 1, length, length), boolean for SDPA and additive for eager attention; if layers differ
+        in type, a dict of them by type.
     """
 
     def allowed(batch, head, query, key):
@@ -334,13 +294,9 @@ def branch_masks(
         return allowed(batch, head, query, key) & near
 
     rules = {_FULL: allowed, _SLIDING: in_window}
-    (batch, length), device = branches.shape, branches.device
-    make_mask = eager_mask if implementation == "eager" else sdpa_mask
-    masks = {}
-    for kind in layer_types(config):
-        if implementation == "flex_attention":
-            masks[kind] = create_block_mask(rules[kind], batch, None, length, length, device=device)
-        else:
-            rule = {"mask_function": rules[kind], "allow_is_causal_skip": False}
-            masks[kind] = make_mask(batch, length, length, **rule, device=device)
+    make_mask = eager_mask if config._attn_implementation == "eager" else sdpa_mask
+    (batch, length), settings = branches.shape, {"allow_is_causal_skip": False, "device": branches.device}
+    masks = {
+        kind: make_mask(batch, length, length, mask_function=rules[kind], **settings) for kind in layer_types(config)
+    }
     return next(iter(masks.values())) if len(masks) == 1 else masks

@@ -9,6 +9,7 @@ largest number, complete or not. A run killed while it wrote one would not start
 import json
 import logging
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -28,14 +29,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from medst_trl.base.errors import Interrupted, UserError, number_of
+from medst_trl.base.errors import Interrupted, UserError
 from medst_trl.base.processes import on_main_process, rank, stop_signals, world_size
 
 
 logger = logging.getLogger(__name__)
 
 DUPLICATE_SECONDS = 2  # within which a signal may be the same one, passed on by a launcher
-_WORDS = {"": None, "true": True, "false": False}  # for `resume_from_checkpoint`
 
 
 class StopSignals(TrainerCallback):
@@ -56,30 +56,32 @@ class StopSignals(TrainerCallback):
         self.is_active = torch.zeros((), dtype=torch.bool).share_memory_()  # workers of data loaders read it
 
     def __enter__(self) -> None:
-        self.received: int | None = None
+        self.signal_number: int | None = None
         self.is_stopping = False  # on all ranks
         saves = self.trainer.args.save_strategy != "no" and threading.current_thread() is threading.main_thread()
         numbers = stop_signals() if saves else ()
         self.trainer.add_callback(self)  # the last one, because it ends training
         self.is_active.fill_(saves)
-        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+        self.previous_handlers = {number: signal.signal(number, self._receive) for number in numbers}
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             if signal.getsignal(number) == self._receive:  # transformers may have restored its own
                 signal.signal(number, handler)
         self.is_active.fill_(False)
         self.trainer.remove_callback(self)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received is None:
-            self.received, self.since = number, time.monotonic()
+        if self.signal_number is None:
+            self.signal_number, self.received_at = number, time.monotonic()
             if number == signal.SIGHUP:
                 _leave_terminal()
             elif rank() == 0:  # not by print, which the signal may have interrupted
                 os.write(2, b"\nStopping with a checkpoint after this step. Another Ctrl-C stops at once.\n")
         # Processes of a launcher receive a signal themselves and from the launcher.
-        elif time.monotonic() - self.since > DUPLICATE_SECONDS or (number == signal.SIGINT and world_size() == 1):
+        elif time.monotonic() - self.received_at > DUPLICATE_SECONDS or (
+            number == signal.SIGINT and world_size() == 1
+        ):
             _stop(number)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -88,8 +90,8 @@ class StopSignals(TrainerCallback):
             self.trainer.accelerator.print(f"Resuming after step {state.global_step} of {state.max_steps}.")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.is_stopping = self.received is not None
-        if self.before and self.trainer.accelerator.num_processes > 1:
+        self.is_stopping = self.signal_number is not None
+        if self.previous_handlers and self.trainer.accelerator.num_processes > 1:
             if self.is_stopping:
                 self.trainer.accelerator.set_trigger()
             self.is_stopping = self.trainer.accelerator.check_trigger()
@@ -106,7 +108,7 @@ class StopSignals(TrainerCallback):
             self.trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks when one has ended
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
             self.trainer.accelerator.print(f"Saved {checkpoint}, after step {state.global_step} of {state.max_steps}.")
-            _stop(self.received or signal.SIGTERM)
+            _stop(self.signal_number or signal.SIGTERM)
 
     def protect_workers(self, dataloader: DataLoader) -> DataLoader:
         """Let the workers of a data loader ignore, during training, the signals that their process group receives."""
@@ -135,16 +137,15 @@ def _stop(number: int) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
 
 
-def checkpoint_named(output_dir: str | Path, given: str | None) -> Path | bool | None:
+def checkpoint_named(output_dir: str | Path, given: str | None) -> Path | None:
     """
-    Resolve `resume_from_checkpoint` (`given`): a checkpoint in `output_dir`, `True` for the newest one,
-    `False` for none, or `None` for the newest one if there is any.
+    Resolve `resume_from_checkpoint` (`given`): a checkpoint in `output_dir`; `None` for "true", "false" and no value.
 
     Raises:
         UserError: for a path outside `output_dir`.
     """
-    if (word := str(given or "").lower()) in _WORDS:
-        return _WORDS[word]
+    if str(given or "").lower() in ("", "true", "false"):
+        return None
     inside = Path(output_dir, given)
     path = inside if inside.exists() else Path(given)
     if path.resolve().parent != Path(output_dir).resolve():
@@ -166,7 +167,8 @@ def resume_checkpoint(output_dir: str | Path, state: PartialState, given: str | 
         state ([`~accelerate.PartialState`] or [`~accelerate.Accelerator`]):
             Of the ranks that will resume.
         given (`str`, *optional*):
-            `resume_from_checkpoint`, see [`checkpoint_named`].
+            `resume_from_checkpoint`: a checkpoint in `output_dir`, "true" for the newest one, "false" for none. By
+            default the newest one, if there is any.
 
     Returns:
         `str` or `None`: The checkpoint; `None` to start at the first step.
@@ -176,54 +178,45 @@ def resume_checkpoint(output_dir: str | Path, state: PartialState, given: str | 
     """
 
     def find() -> str | None:
-        found = named = checkpoint_named(output_dir, given)
-        if named in (None, True):
-            found = newest_complete_checkpoint(output_dir, state.num_processes)
-        elif named and (problem := _incomplete(named)):
+        word = str(given or "").lower()
+        if word == "false":
+            return None
+        named = checkpoint_named(output_dir, given)
+        if named and (problem := _incomplete(named)):
             raise UserError(f"resume_from_checkpoint {named}: {problem}.")
-        if found:
-            _check_optimizer(Path(found), state)
-        elif named:
+        checkpoint = named or newest_complete_checkpoint(output_dir)
+        if checkpoint:
+            _check_optimizer(Path(checkpoint), state)
+        elif word == "true":
             raise UserError(
                 f"resume_from_checkpoint is true, but {output_dir} has no complete checkpoint. Remove "
                 "resume_from_checkpoint to start at the first step."
             )
-        return str(found) if found else None
+        return str(checkpoint) if checkpoint else None
 
     return on_main_process(find)
 
 
 def _check_optimizer(checkpoint: Path, state: PartialState) -> None:
-    """
-    Refuse a checkpoint whose optimizer this launch cannot read. DeepSpeed would fail, and the Trainer would start with
-    a new optimizer.
-    """
-    uses_deepspeed = state.distributed_type == DistributedType.DEEPSPEED
-    parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-    if parts == (state.num_processes if uses_deepspeed else 0):
-        return
-    processes, launch = "processes without DeepSpeed", "--accelerate_config multi_gpu"
-    if parts:
-        processes = f"{number_of(parts, 'process')} of DeepSpeed"
-        launch = f"--num_processes {parts} and the same accelerate_config, zero2 or zero3"
-    raise UserError(
-        f"{checkpoint} was written by {processes}, and only such processes can read its optimizer. Resume with "
-        f"{processes} ({launch}), or start again with --overwrite."
-    )
+    """Refuse a checkpoint whose optimizer this launch cannot read: the Trainer would start with a new optimizer."""
+    kept_by_deepspeed = any(checkpoint.glob("global_step*"))
+    if kept_by_deepspeed != (state.distributed_type == DistributedType.DEEPSPEED):
+        raise UserError(
+            f"{checkpoint} was written {'with' if kept_by_deepspeed else 'without'} DeepSpeed, and its optimizer "
+            "cannot be read otherwise. Resume with the same accelerate_config, or start again with --overwrite."
+        )
 
 
-def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> str | None:
+def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     Find the checkpoint to resume from, and rename broken ones to `checkpoint-N.broken`.
 
-    A checkpoint that another number of processes wrote is complete: the run resumes from it, with a warning, but each
-    process has drawn other random numbers, so the result is not exactly that of an uninterrupted run.
+    A checkpoint that another number of processes wrote is complete: the run resumes from it, but each process then
+    draws other random numbers, so the result is not exactly that of an uninterrupted run.
 
     Args:
         output_dir (`str` or `Path`):
             The run directory.
-        num_processes (`int`, *optional*, defaults to `1`):
-            Number of ranks that will resume.
 
     Returns:
         `str` or `None`: The newest complete checkpoint, `None` if there is none.
@@ -232,17 +225,9 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
         path = Path(found)
         problem = _incomplete(path)
         if problem is None:
-            writers = len(list(path.glob("rng_state*.pth")))
-            if writers != num_processes:
-                logger.warning(
-                    f"{path} was written by {writers} processes and is resumed by {num_processes}: random draws will "
-                    "differ from those of an uninterrupted run."
-                )
             return found
         broken = path.with_name(f"{path.name}.broken")
-        number = 2
-        while broken.exists():
-            broken, number = path.with_name(f"{path.name}.broken-{number}"), number + 1
+        shutil.rmtree(broken, ignore_errors=True)  # of an earlier attempt at the same step
         path.rename(broken)
         logger.warning(f"Renamed the checkpoint {path} to {broken.name}: {problem}.")
     return None
@@ -250,30 +235,25 @@ def newest_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -
 
 def _incomplete(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed; `None` if it can."""
+    path = checkpoint / "trainer_state.json"
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"trainer_state.json is missing or truncated ({error})"
-    if checkpoint.name != f"checkpoint-{state.get('global_step')}":
-        return f"trainer_state.json is of step {state.get('global_step')}"
-    states, weights = sorted(checkpoint.glob("rng_state*.pth")), list(checkpoint.glob("*.safetensors"))
-    # One process writes rng_state.pth, several rng_state_0.pth and so on, each its own.
-    if [path.name for path in states] in ([], ["rng_state_0.pth"]):
-        return "the random state of a process is missing"
-    # DeepSpeed and FSDP write weights and optimizer in files of their own.
-    if not any(any(checkpoint.glob(pattern)) for pattern in ("global_step*", "optimizer_*", "optimizer.bin")):
-        if not weights:
-            return "it holds no weights"
-        states += [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-    for path in states:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if not zipfile.is_zipfile(path):  # as torch.save writes them; their directory is at the end
-            return f"{path.name} is truncated"
-    for path in weights:
-        try:
+        step = json.loads(path.read_text(encoding="utf-8")).get("global_step")
+        if checkpoint.name != f"checkpoint-{step}":
+            return f"trainer_state.json is of step {step}"
+        states, weights = sorted(checkpoint.glob("rng_state*.pth")), list(checkpoint.glob("*.safetensors"))
+        # One process writes rng_state.pth, several rng_state_0.pth and so on, each its own.
+        if [path.name for path in states] in ([], ["rng_state_0.pth"]):
+            return "the random state of a process is missing"
+        # DeepSpeed and FSDP write weights and optimizer in files of their own.
+        if not any(any(checkpoint.glob(pattern)) for pattern in ("global_step*", "optimizer_*", "optimizer.bin")):
+            if not weights:
+                return "it holds no weights"
+            states += [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+        for path in states:
+            zipfile.ZipFile(path).close()  # as torch.save writes them; their directory is at the end
+        for path in weights:
             with safe_open(path, framework="numpy"):  # checks the header against the file's length
                 pass
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} is truncated ({error})"
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+        return f"{path.name} is missing or truncated ({error})"
     return None

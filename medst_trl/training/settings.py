@@ -95,8 +95,6 @@ class TrainerSettings:
                 self.save_total_limit = 2
             if self.load_best_model_at_end and self.eval_strategy != "no":  # a checkpoint needs an evaluation
                 self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"
         if self.greater_is_better is None and "loss" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers asks for names that end in "loss", unlike loss_answer
         super().__post_init__()

@@ -108,11 +108,6 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             datasets = datasets_by_name(train_dataset, eval_dataset)
             train_dataset, eval_dataset = self.reject_examples(args, datasets, usable_conversations, collator)
-        elif args.train_sampling_strategy == "group_by_length":
-            counting = DataCollatorForSelfQuestioning(processing_class, max_length=args.max_length)
-            self.train_lengths = usable_conversations(train_dataset, counting).lengths
-        if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
-            logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
         super().__init__(
             model=model,
             args=args,
@@ -141,8 +136,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             self.data_collator = training_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        question_mask, neutralised = inputs.pop("question_mask", None), inputs.pop("neutralised", 0)
-        inputs.pop("truncated", None)
+        question_mask = inputs.pop("question_mask", None)
         for name, reason in inputs.pop("rejected", {}).items():
             if reason != "nothing_to_train" or not has_length(self.train_dataset):  # else it is asked in other epochs
                 logger.warning_once(f"Record {name!r} is skipped as {reason}.", main_process_only=False)
@@ -158,7 +152,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             return result
         fused = outputs[0]
         is_question = question_mask[:, 1:] & fused.label_mask
-        self._add_to_metrics(fused, is_question, neutralised)
+        self._add_to_metrics(fused, is_question)
         if self.args.question_loss_weight == 1.0:
             return result
         loss = result[0] if return_outputs else result
@@ -173,7 +167,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
-    def _add_to_metrics(self, fused: Any, is_question: torch.Tensor, neutralised: int) -> None:
+    def _add_to_metrics(self, fused: Any, is_question: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         is_answer = fused.label_mask & ~is_question
         with torch.no_grad():
@@ -181,22 +175,19 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
                 torch.stack([-(fused.log_probs * mask).sum(), (fused.is_top1 & mask).sum(), mask.sum()]).float()
                 for mask in (is_question, is_answer)
             ]
-            sums = torch.cat([*per_kind, torch.tensor([float(neutralised)], device=per_kind[0].device)])
-        self._target_sums[mode] = self._target_sums.get(mode, 0) + sums
+        self._target_sums[mode] = self._target_sums.get(mode, 0) + torch.cat(per_kind)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else "eval_"
         sums = self._target_sums.pop(mode, None)
         if sums is not None:  # every rank has taken the same steps since the last log
-            *sums, neutralised = self.accelerator.reduce(sums, "sum").tolist()
+            sums = self.accelerator.reduce(sums, "sum").tolist()
             for kind, (loss, correct, tokens) in {"question": sums[:3], "answer": sums[3:]}.items():
                 logs[f"{prefix}{kind}_tokens"] = int(tokens)
                 if tokens:
                     logs[f"{prefix}loss_{kind}"] = loss / tokens
                     logs[f"{prefix}{kind}_accuracy"] = correct / tokens
-            if neutralised:
-                logs[f"{prefix}neutralised_tokens"] = int(neutralised)
             name = next((name for name in logs if name.startswith("eval") and name.endswith("_loss")), None)
             if mode == "eval" and name is not None:
                 # The Trainer's own mean over batches counts a batch whose rows were all rejected as a loss of zero.

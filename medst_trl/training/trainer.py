@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import AutoProcessor, ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import has_length
 from trl.trainer.utils import get_config_model_id
 
 from medst_trl.base.errors import UserError
@@ -76,24 +75,18 @@ class GroupsByLength:
     Grouping by length in transformers needs a column of them. Adding one to a dataset from which rows were selected
     copies all its images.
 
-    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of similar length, or in random
-    order if the lengths are not those of its dataset. With any other strategy, and on a stream, the Trainer's own
-    sampler stays.
+    With `train_sampling_strategy="group_by_length"` it trains on batches of examples of similar length. With any other
+    strategy, on a stream, and on a dataset that is not the one it was created with, the Trainer's own sampler is used.
     """
 
-    train_lengths: Sequence[int] | None = None
+    train_lengths: Sequence[int] = ()
     _length_sampler: SeededLengthGroupedSampler | None = None
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+        groups = self.args.train_sampling_strategy == "group_by_length" and self.train_lengths
+        if not groups or len(self.train_lengths) != len(dataset):
             return super()._get_train_sampler(train_dataset)
-        if self.train_lengths is None or len(self.train_lengths) != len(dataset):
-            logger.warning(
-                f"group_by_length: the lengths of the {len(dataset):,} training examples are unknown, because they "
-                "are not those the trainer was created with. They are trained on in random order."
-            )
-            return RandomSampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # Of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for any
         # number of them. The Trainer's own grouping ignores the number of ranks.
@@ -104,8 +97,8 @@ class GroupsByLength:
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        # The Trainer would group these too and need their lengths; this is what it does with every other strategy.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        # The Trainer would group these too and need their lengths.
+        return SequentialSampler(eval_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         self._length_sampler = None  # it may be of another dataset
@@ -245,11 +238,13 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
                 name = names[id(parameter)]
                 # PEFT stores trained token rows whole, so decay would pull them towards zero.
                 is_token_row = "trainable_tokens" in name
-                settings = {**group, "params": [], "part": parts.part_of(name)}
-                settings["weight_decay"] = 0.0 if is_token_row else group["weight_decay"]
-                rate = rates.get(settings["part"])
-                settings["lr"] = group["lr"] if rate is None else rate
-                groups.setdefault((index, is_token_row, settings["part"]), settings)["params"].append(parameter)
+                part = parts.part_of(name)
+                key = (index, is_token_row, part)
+                if key not in groups:
+                    rate = group["lr"] if rates.get(part) is None else rates[part]
+                    decay = 0.0 if is_token_row else group["weight_decay"]
+                    groups[key] = {**group, "params": [], "part": part, "lr": rate, "weight_decay": decay}
+                groups[key]["params"].append(parameter)
         # The language model first: the Trainer logs the first group's rate as `learning_rate`.
         optimizer.param_groups = sorted(groups.values(), key=lambda group: group["part"] != "language")
         return optimizer
@@ -262,10 +257,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return super()._get_learning_rate()
 
     def train(self, *args, **kwargs):
-        # Non-blocking copies wait for nothing, so there is no need to wait for the device either.
-        blocking = not self.accelerator.non_blocking
-        self._data_wait = DataWait(self.args.device.type not in ("cpu", "meta") and blocking)
-        self._has_hinted = False
+        self._waited, self._waited_since, self._long_waits, self._has_warned = 0.0, time.monotonic(), 0, False
         with self.stop_signals:
             return super().train(*args, **kwargs)
 
@@ -278,7 +270,21 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return self.stop_signals.protect_workers(super()._get_dataloader(dataset, *args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        return super().get_batch_samples(self._data_wait.timed(epoch_iterator), num_batches, device)
+        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the same batches, and measure the wait for each."""
+        # A blocking copy to an accelerator waits for all work queued there, which is not a wait for data.
+        waits_for_device = self.args.device.type not in ("cpu", "meta") and not self.accelerator.non_blocking
+        while True:
+            if waits_for_device:
+                torch.accelerator.synchronize()
+            begun = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - begun
+            if batch is None:
+                return
+            yield batch
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -294,49 +300,15 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             logs.pop("train_loss", None)  # resumed after its last step: the loss is that of no step
         if "learning_rate" in logs:  # a log of training steps
             logs |= {f"learning_rate_{part}": rate for part, rate in self._rates_of_step.items() if part != "language"}
-            logs["data_wait"] = self._data_wait.share()
-            if self._data_wait.long_waits >= DATA_WAIT_PATIENCE and not self._has_hinted:
-                self._has_hinted = True
+            now = time.monotonic()
+            logs["data_wait"] = min(self._waited / max(now - self._waited_since, 1e-9), 1.0)
+            self._waited, self._waited_since = 0.0, now
+            self._long_waits = self._long_waits + 1 if logs["data_wait"] > LONG_WAIT else 0
+            if self._long_waits == DATA_WAIT_PATIENCE and not self._has_warned:
+                self._has_warned = True
                 logger.warning(
                     f"Training has waited for data {100 * logs['data_wait']:.0f}% of the time since the last log, and "
                     f"above {100 * LONG_WAIT:.0f}% for {DATA_WAIT_PATIENCE} logs. Raise dataloader_num_workers (now "
                     f"{self.args.dataloader_num_workers}), or store the images at the size the model reads."
                 )
         super().log(logs, start_time)
-
-
-class DataWait:
-    """
-    Measures how long a training loop waits for its batches.
-
-    Args:
-        waits_for_device (`bool`, *optional*, defaults to `False`):
-            Whether a batch is copied to an accelerator before it is returned. The copy waits for all work queued on
-            the accelerator, which is not a wait for data, so the queue is emptied first.
-    """
-
-    def __init__(self, waits_for_device: bool = False):
-        self.waits_for_device = waits_for_device
-        self.waited = 0.0
-        self.since = time.monotonic()
-        self.long_waits = 0
-
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the same batches, and measure the wait for each."""
-        while True:
-            if self.waits_for_device:
-                torch.accelerator.synchronize()
-            begun = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - begun
-            if batch is None:
-                return
-            yield batch
-
-    def share(self) -> float:
-        """Fraction (0 to 1) of the time since the last call, or the start, that was spent waiting."""
-        now = time.monotonic()
-        share = self.waited / max(now - self.since, 1e-9)
-        self.waited, self.since = 0.0, now
-        self.long_waits = self.long_waits + 1 if share > LONG_WAIT else 0
-        return min(share, 1.0)

@@ -121,14 +121,17 @@ def fused_outputs(module: torch.nn.Module) -> Iterator[list[Any]]:
         yield outputs
 
 
-def complete_reference_adapter(model: PeftModel, trains: set[str]) -> None:
+def complete_reference_adapter(model: PreTrainedModel | PeftModel, trains: set[str]) -> None:
     """
-    Make the adapter `ref` a frozen copy of `default` in all its parts, and let only the parameters `trains` train.
+    Make the adapter `ref`, if there is one, a frozen copy of `default` in all its parts, and let only the parameters
+    `trains` train.
 
     TRL (1.16) copies parameters with `.default.` in their name. That leaves out the trained token row, whose name ends
     in `.default`, so that the reference would not be the policy. Adding an adapter also unfreezes all of `default`
     (https://github.com/huggingface/peft/issues/3487, PEFT 0.21). No TRL issue known; to be removed once TRL copies it.
     """
+    if "ref" not in getattr(model, "peft_config", ()):
+        return
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")

@@ -51,7 +51,7 @@ from steps import (
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.policy.adapters import adapter_config
-from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer, WarnOfDisplacement
+from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
 
 
 VARIANTS = ("stock", "ours", "ours, cached")
@@ -98,7 +98,6 @@ def make_trainers(setting: Setting, model: "torch.nn.Module", cache: str) -> dic
         else:
             cached = {"precompute_ref_log_probs": True, "ref_log_probs_dir": cache} if "cached" in variant else {}
             trainers[variant] = MultimodalDPOTrainer(args=MultimodalDPOConfig(**common, **cached), **kwargs)
-            trainers[variant].remove_callback(WarnOfDisplacement)  # likelihoods have no meaning here
     for trainer in trainers.values():
         copy_trained(trainers[setting.variants[0]].model, trainer.model)
     for trainer in trainers.values():

@@ -27,18 +27,15 @@ def checkpoints(tmp_path):
     return tmp_path
 
 
-def test_a_sharded_optimizer_needs_the_same_number_of_processes(checkpoints):
+def test_an_optimizer_of_deepspeed_needs_deepspeed(checkpoints):
     parts = checkpoints / "checkpoint-1" / "global_step1"
     parts.mkdir()
     for rank in range(2):
         (parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     checkpoint = resume_checkpoint(checkpoints, make_accelerator(DistributedType.DEEPSPEED, 2))
     assert checkpoint == str(checkpoints / "checkpoint-1")
-    for other in (make_accelerator(DistributedType.DEEPSPEED, 4), make_accelerator(DistributedType.MULTI_GPU, 2)):
-        with pytest.raises(
-            UserError, match="2 processes of DeepSpeed, .* Resume with 2 processes .*the same .* zero2 or zero3"
-        ):
-            resume_checkpoint(checkpoints, other)
+    with pytest.raises(UserError, match="with DeepSpeed.* same accelerate_config"):
+        resume_checkpoint(checkpoints, make_accelerator(DistributedType.MULTI_GPU, 2))
 
 
 def test_deepspeed_cannot_resume_another_optimizer(checkpoints):

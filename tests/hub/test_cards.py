@@ -103,7 +103,7 @@ def test_reference_log_probs_are_mentioned_and_are_not_a_data_file(preferences):
     without = dataset_card(find_contents(preferences), "org/name")
     assert "reference_log_probs" not in without
     (preferences / "reference_log_probs").mkdir()
-    (preferences / "reference_log_probs" / "a.parquet").write_bytes(b"")
+    (preferences / "reference_log_probs" / "a.jsonl").write_bytes(b"")
     card = dataset_card(find_contents(preferences), "org/name")
     added = [line for line in card.splitlines() if line not in without.splitlines()]
     assert 1 <= len(added) <= 2 and "`reference_log_probs`" in added[0]

@@ -60,11 +60,11 @@ def test_reference_log_probs_are_published_with_preference_pairs(tmp_path, featu
     write_split(tmp_path, "train", [row], dict, features(), 2)
     cache = tmp_path / "reference_log_probs"
     cache.mkdir()
-    for name in ("b.parquet", "a.parquet", ".b.0x.part", "c.parquet.broken", "notes.txt"):
+    for name in ("b.jsonl", "a.jsonl", ".b.jsonl.tmp", "c.jsonl.incomplete", "notes.txt"):
         (cache / name).write_bytes(b"")
     files = find_contents(tmp_path).files
     assert files[0] == "train-00000-of-00001.parquet"
-    assert files[1:] == ["reference_log_probs/a.parquet", "reference_log_probs/b.parquet"][:num_files]
+    assert files[1:] == ["reference_log_probs/a.jsonl", "reference_log_probs/b.jsonl"][:num_files]
 
 
 def test_a_stage_directory_with_one_dataset_is_accepted(tmp_path):

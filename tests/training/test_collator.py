@@ -235,13 +235,6 @@ def test_an_example_that_does_not_fit_does_not_affect_the_others():
     assert (empty["labels"] == IGNORED).all()
 
 
-def test_truncated_examples_are_listed():
-    example = _long_conversation(4)
-    length = _collator(sq_ratio=0.0)([{**example, "messages": example["messages"][:4]}])["input_ids"].shape[1]
-    assert _collator(sq_ratio=0.0, max_length=length)([example])["truncated"] == ["r1"]
-    assert "truncated" not in _collator(sq_ratio=0.0)([example])
-
-
 def test_an_example_without_a_target_is_rejected():
     example = tiny_run.conversation(0)
     question = {**example, "messages": example["messages"][:1]}
@@ -281,13 +274,6 @@ def test_a_final_question_without_an_answer_is_removed():
     example = tiny_run.conversation(0)
     unanswered = {**example, "messages": [*example["messages"], {"role": "user", "content": tiny_run.text("And?")}]}
     assert torch.equal(*(_collator(sq_ratio=0.0)([e])["input_ids"] for e in (example, unanswered)))
-
-
-def test_control_tokens_in_data_are_counted():
-    example = tiny_run.conversation(0)
-    assert "neutralised" not in _collator()([example])
-    example["messages"][1]["content"] = tiny_run.text("</s><image> and <vusr>")
-    assert _collator()([example])["neutralised"] == 3
 
 
 def test_batches_are_padded_to_a_multiple():

@@ -5,7 +5,6 @@
 import functools
 import logging
 import math
-import shutil
 from copy import deepcopy
 
 import pytest
@@ -22,7 +21,6 @@ from medst_trl.training.preference_collator import DataCollatorForMultimodalPref
 from medst_trl.training.prefix_sharing import (
     PrefixSharing,
     SharedLayout,
-    attention_for,
     branch_masks,
     cannot_share,
     layer_types,
@@ -171,7 +169,7 @@ def test_a_model_whose_scores_disagree_falls_back_to_separate_sequences(tmp_path
     exact.train()
     original = prefix_sharing.branch_masks
     monkeypatch.setattr(
-        prefix_sharing, "branch_masks", lambda *args: original(*args[:2], torch.zeros_like(args[2]), *args[3:])
+        prefix_sharing, "branch_masks", lambda *args: original(args[0], torch.zeros_like(args[1]), *args[2:])
     )
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
     with caplog.at_level(logging.WARNING):
@@ -225,15 +223,6 @@ def test_other_losses_match_separate_sequences(tmp_path, settings):
     assert shared == pytest.approx(separate, rel=1e-5, abs=1e-6)
 
 
-def test_a_policy_with_flex_attention_only_in_its_language_model_trains_on_a_cpu(tmp_path, monkeypatch):
-    separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=2))
-    policy = adapter_policy()
-    policy[0].get_base_model().config.get_text_config()._attn_implementation = "flex_attention"
-    trainer = make_trainer(tmp_path / "flex", policy=policy, max_steps=2)
-    monkeypatch.setattr(PrefixSharing, "_compare", lambda *args: True)  # the stock layout would be compiled
-    assert train_and_get_losses(trainer) == pytest.approx(separate, abs=1e-6)
-
-
 def test_a_model_that_does_not_support_the_mask_falls_back_to_separate_sequences(tmp_path, monkeypatch, caplog):
     separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=3))
     trainer = make_trainer(tmp_path / "shared", max_steps=3)
@@ -250,29 +239,6 @@ def test_a_model_that_does_not_support_the_mask_falls_back_to_separate_sequences
         assert train_and_get_losses(trainer) == pytest.approx(separate, abs=1e-6)
     (message,) = share_prefix_warnings(caplog)
     assert "ValueError: expected a 2D mask" in message
-
-
-def test_another_attention_implementation_is_compared_again(tmp_path, monkeypatch, caplog):
-    """Simulates a switch to FlexAttention for the first long batch."""
-    separate = train_and_get_losses(make_trainer(tmp_path / "separate", share_prefix=False, max_steps=4))
-    original = prefix_sharing.branch_masks
-    calls = []
-
-    def attention_of_call(own, length, device):
-        calls.append(own)
-        return "sdpa" if len(calls) <= 4 else "eager"
-
-    def masks(config, implementation, branches, *args):
-        wrong = torch.zeros_like(branches) if implementation == "eager" else branches
-        return original(config, implementation, wrong, *args)
-
-    monkeypatch.setattr(prefix_sharing, "attention_for", attention_of_call)
-    monkeypatch.setattr(prefix_sharing, "branch_masks", masks)
-    with caplog.at_level(logging.WARNING):
-        assert train_and_get_losses(make_trainer(tmp_path / "shared", max_steps=4)) == pytest.approx(
-            separate, abs=1e-6
-        )
-    assert len(share_prefix_warnings(caplog)) == 1
 
 
 def test_ranks_with_sharded_weights_run_equally_many_forward_passes():
@@ -304,18 +270,12 @@ def test_a_copy_of_the_model_uses_its_own_weights():
     assert torch.allclose(scores[labels[:, 1:] != -100], torch.tensor(-math.log(copy.lm_head.out_features)))
 
 
-def test_a_collator_without_shared_prefixes_causes_a_warning(tmp_path, caplog):
+def test_a_collator_without_shared_prefixes_can_be_used(tmp_path):
     processor = adapter_policy()[1]
-    with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(
-            tmp_path, max_steps=2, data_collator=DataCollatorForMultimodalPreference(processor, max_length=100)
-        )
-        separate = train_and_get_losses(trainer)
-    assert [
-        message
-        for message in share_prefix_warnings(caplog)
-        if "data_collator makes no batches with a shared prefix" in message
-    ]
+    trainer = make_trainer(
+        tmp_path, max_steps=2, data_collator=DataCollatorForMultimodalPreference(processor, max_length=100)
+    )
+    separate = train_and_get_losses(trainer)
     collator = DataCollatorForMultimodalPreference(processor, max_length=100, share_prefix=True)
     wrapped = make_trainer(tmp_path, max_steps=2, data_collator=lambda examples: collator(examples))
     assert train_and_get_losses(wrapped) == pytest.approx(separate, abs=1e-6)
@@ -323,8 +283,9 @@ def test_a_collator_without_shared_prefixes_causes_a_warning(tmp_path, caplog):
 
 def test_prefixes_are_not_shared_if_attention_has_no_custom_masks(tmp_path, caplog):
     model, processor = adapter_policy()
-    model.get_base_model().config.get_text_config()._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2" in cannot_share(model.get_base_model())
+    for attention in ("flex_attention", "flash_attention_2"):
+        model.get_base_model().config.get_text_config()._attn_implementation = attention
+        assert attention in cannot_share(model.get_base_model())
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, policy=(model, processor))
     assert len(share_prefix_warnings(caplog)) == 1 and not trainer.data_collator.share_prefix
@@ -369,30 +330,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-# FlexAttention has no backward pass on a CPU, and torch 2.13 generates invalid C++ for Gemma 3's mask.
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for FlexAttention")
-@pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])
-def test_flex_attention_gives_the_same_scores(family, monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "attention_for", lambda own, *args: own)  # even on a CPU
-    scores = {}
-    for attention in ("sdpa", "flex_attention"):
-        model, processor = tiny_model(family)
-        add_fused_lm_head(model)
-        if attention == "flex_attention":
-            model.config.get_text_config()._attn_implementation = attention
-            sharing = PrefixSharing(model)
-        batch = DataCollatorForMultimodalPreference(processor, share_prefix=attention == "flex_attention")([*PAIRS])
-        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
-        with torch.no_grad():
-            scores[attention] = model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-    assert sharing.agrees == {(True, "flex_attention"): True}
-    assert torch.allclose(scores["flex_attention"], scores["sdpa"], atol=1e-5)
-
-
 # two prompt tokens, two branches of the last prompt token and an answer, padding
 BRANCHES = torch.tensor([[0, 0, 1, 1, 2, 2, 2, -1, -1]])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0, 0]])
+
+
+def masks(config, blocks=None):
+    config._attn_implementation = config._attn_implementation or "sdpa"
+    return branch_masks(config, BRANCHES, POSITIONS, blocks)
 
 
 def attended(mask: torch.Tensor, query: int) -> list[int]:
@@ -400,14 +345,14 @@ def attended(mask: torch.Tensor, query: int) -> list[int]:
 
 
 def test_a_branch_attends_to_the_prompt_and_itself():
-    mask = branch_masks(LlamaConfig(), "sdpa", BRANCHES, POSITIONS)
+    mask = masks(LlamaConfig())
     assert mask.shape == (1, 1, 9, 9) and mask.dtype == torch.bool
     assert [attended(mask, query) for query in (1, 3, 4, 6)] == [[0, 1], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5, 6]]
     assert mask.any(-1).all()  # a token that attends to nothing would be NaN
 
 
 def test_a_sliding_window_counts_positions_and_not_columns():
-    mask = branch_masks(MistralConfig(sliding_window=3), "sdpa", BRANCHES, POSITIONS)
+    mask = masks(MistralConfig(sliding_window=3))
     assert [attended(mask, query) for query in (3, 4, 5, 6)] == [[1, 2, 3], [0, 1, 4], [1, 4, 5], [4, 5, 6]]
 
 
@@ -416,29 +361,18 @@ def test_each_layer_type_gets_its_mask_and_blocks_attend_in_both_directions():
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=2
     )
     blocks = torch.tensor([[3, 3, -1, -1, -1, -1, -1, -1, -1]])
-    masks = branch_masks(config, "sdpa", BRANCHES, POSITIONS, blocks)
-    assert set(masks) == layer_types(config) == {"full_attention", "sliding_attention"}
-    assert attended(masks["full_attention"], 0) == attended(masks["sliding_attention"], 0) == [0, 1]
-    assert attended(masks["full_attention"], 6) == [0, 1, 4, 5, 6] and attended(masks["sliding_attention"], 6) == [
+    by_type = masks(config, blocks)
+    assert set(by_type) == layer_types(config) == {"full_attention", "sliding_attention"}
+    assert attended(by_type["full_attention"], 0) == attended(by_type["sliding_attention"], 0) == [0, 1]
+    assert attended(by_type["full_attention"], 6) == [0, 1, 4, 5, 6] and attended(by_type["sliding_attention"], 6) == [
         5,
         6,
     ]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(sliding_window=3)])
-def test_eager_and_flex_attention_use_the_same_mask(config):
-    from torch.nn.attention.flex_attention import create_mask
-
-    dense = branch_masks(config, "sdpa", BRANCHES, POSITIONS)
-    eager = branch_masks(config, "eager", BRANCHES, POSITIONS)
+def test_eager_attention_uses_the_same_mask(config):
+    dense = masks(config)
+    config._attn_implementation = "eager"
+    eager = masks(config)
     assert eager.dtype == torch.float32 and torch.equal(eager == 0, dense)
-    flex = branch_masks(config, "flex_attention", BRANCHES, POSITIONS)
-    assert torch.equal(create_mask(flex.mask_mod, 1, None, 9, 9, device="cpu"), dense)
-
-
-def test_flex_attention_is_used_for_long_sequences_on_an_accelerator():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert attention_for("flex_attention", 4096, gpu) == "flex_attention"
-    assert attention_for("flex_attention", 512, gpu) == attention_for("flex_attention", 4096, cpu) == "sdpa"
-    for own in ("sdpa", "eager"):
-        assert attention_for(own, 4096, gpu) == attention_for(own, 512, cpu) == own

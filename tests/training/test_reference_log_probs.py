@@ -4,7 +4,6 @@
 
 import gc
 import json
-import re
 import shutil
 import subprocess
 import weakref
@@ -12,7 +11,6 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import launch_script
@@ -23,16 +21,11 @@ from tiny_dpo import adapter_policy, make_trainer, pair, text, trained_weights
 from tiny_run import small_policy
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import read_jsonl
+from medst_trl.data.images import image_id
 from medst_trl.training.dpo import MultimodalDPOConfig, MultimodalDPOTrainer
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference
-from medst_trl.training.reference_log_probs import (
-    ReferenceCache,
-    ReferenceLogProbs,
-    cache_of_reference,
-    hash_weights,
-    pair_key,
-    sharing_weights,
-)
+from medst_trl.training.reference_log_probs import hash_of_reference, pair_key, sharing_weights
 from medst_trl.training.settings import check_sharding, sharding_kind
 
 
@@ -199,7 +192,7 @@ def test_several_evaluation_sets_are_scored_by_the_reference(tmp_path, computed)
         assert ours[name] == pytest.approx(theirs[name], abs=1e-5) and abs(ours[name] - 0.6931) > 1e-3
 
 
-def test_images_are_decoded_once_for_the_key_and_once_for_the_reference(tmp_path, monkeypatch):
+def test_images_are_decoded_once_for_the_reference(tmp_path, monkeypatch):
     count, decode = [], ImageFeature.decode_example
 
     def counted(self, value, *args, **kwargs):
@@ -207,11 +200,13 @@ def test_images_are_decoded_once_for_the_key_and_once_for_the_reference(tmp_path
         return decode(self, value, *args, **kwargs)
 
     monkeypatch.setattr(ImageFeature, "decode_example", counted)
-    cached_trainer(tmp_path)
-    assert 2 * 12 <= sum(count) <= 2 * 12 + 2  # TRL reads the first example
+    rows = [pair(number) for number in range(12)]
+    rows = [row | {"image_ids": [image_id(row["images"][0])]} for row in rows]
+    cached_trainer(tmp_path, rows=rows)
+    assert 12 <= sum(count) <= 12 + 2  # TRL reads the first example
     count.clear()
-    cached_trainer(tmp_path)
-    assert 12 <= sum(count) <= 12 + 2
+    cached_trainer(tmp_path, rows=rows)
+    assert sum(count) <= 2
 
 
 def test_a_collator_of_your_own_gets_the_same_examples_in_both_passes(tmp_path):
@@ -265,14 +260,14 @@ def cached_run(tmp_path_factory):
 
 
 def key_of(change=None, policy=adapter_policy, **settings) -> str:
-    """Return the cache key of a policy, after changing it in offset."""
+    """Return the hash of a policy, after changing it."""
     model, processor = policy()
     if change is not None:
         with torch.no_grad():
             change(model, processor)
     args = MultimodalDPOConfig(output_dir="none", use_cpu=True, **settings)
     collator = DataCollatorForMultimodalPreference(processor, max_length=args.max_length)
-    return cache_of_reference(model, processor, collator, args).key
+    return hash_of_reference(model, processor, collator, args)
 
 
 def change_template(model, processor):
@@ -366,8 +361,7 @@ def test_only_new_pairs_are_computed(cached_run, tmp_path, computed):
     del rows[:2]
     trainer = cached_trainer(tmp_path, rows=rows, max_steps=4)
     assert sum(computed) == 3
-    (path,) = cache_files(tmp_path)
-    assert pq.read_metadata(path).num_rows == 12 + 3  # the pairs of the earlier data are kept
+    assert sorted(len(read_jsonl(path)) for path in cache_files(tmp_path)) == [11, 12]  # one file for each dataset
     trainer.train()
     live = make_trainer(tmp_path / "live", rows=rows, max_steps=4)
     live.train()
@@ -379,9 +373,8 @@ def test_share_prefix_gives_the_same_log_probs(cached_run, tmp_path):
     cached_trainer(tmp_path, share_prefix=False)
     (shared,), (separate,) = cache_files(cached_run), cache_files(tmp_path)
     assert shared.name == separate.name
-    shared, separate = (pq.read_table(path).to_pylist() for path in (shared, separate))
-    for ours, theirs in zip(shared, separate, strict=True):
-        assert ours["pair"] == theirs["pair"]
+    for ours, theirs in zip(read_jsonl(shared), read_jsonl(separate), strict=True):
+        assert ours["id"] == theirs["id"]
         assert (ours["chosen"], ours["rejected"]) == pytest.approx((theirs["chosen"], theirs["rejected"]), rel=1e-6)
 
 
@@ -402,24 +395,50 @@ def test_an_interrupted_computation_resumes_where_it_stopped(tmp_path, monkeypat
     monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cached_trainer(tmp_path)
-    assert [path.suffix for path in cache_files(tmp_path)] == [".part"]
+    assert [path.suffix for path in cache_files(tmp_path)] == [".incomplete"]
     capsys.readouterr()
     monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", counted)
     cached_trainer(tmp_path)
     assert computed == [4, 4, 4]
     assert "8 of 12 pairs are known" in capsys.readouterr().out
-    assert [path.suffix for path in cache_files(tmp_path)] == [".parquet"]
+    assert [path.suffix for path in cache_files(tmp_path)] == [".jsonl"]
     cached_trainer(tmp_path)
     assert computed == [4, 4, 4] and "12 of 12 pairs" in capsys.readouterr().out
 
 
 def test_a_run_killed_before_the_file_exists_loses_nothing(tmp_path, monkeypatch, computed):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ReferenceCache, "write", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("medst_trl.base.files.merge_rows", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         cached_trainer(tmp_path)
     computed.clear()
     cached_trainer(tmp_path)
-    assert not computed and [path.suffix for path in cache_files(tmp_path)] == [".parquet"]
+    assert not computed and [path.suffix for path in cache_files(tmp_path)] == [".jsonl"]
+
+
+def test_two_runs_can_compute_the_same_pairs(tmp_path, monkeypatch, computed):
+    compute = MultimodalDPOTrainer.compute_ref_log_probs
+
+    def after_another_run(self, model, inputs):
+        monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", compute)
+        cached_trainer(tmp_path)
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(MultimodalDPOTrainer, "compute_ref_log_probs", after_another_run)
+    trainer = cached_trainer(tmp_path, max_steps=1)
+    (path,) = (path for path in cache_files(tmp_path) if path.suffix == ".jsonl")
+    assert sum(computed) == 24 and len(read_jsonl(path)) == 12
+    trainer.train()
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b""])
+def test_a_damaged_file_is_completed(cached_run, tmp_path, computed, damage):
+    shutil.copytree(cached_run, tmp_path, dirs_exist_ok=True)
+    (path,) = cache_files(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    cached_trainer(tmp_path)
+    assert 0 < sum(computed) <= 12 and cache_files(tmp_path) == [path]
+    assert [row["id"] for row in read_jsonl(path)] == [json.loads(line)["id"] for line in content.splitlines()]
 
 
 def test_non_finite_log_probs_stop_the_run(tmp_path, monkeypatch):
@@ -467,7 +486,7 @@ def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):
     config = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", config)
-    batch = trainer.data_collator([pair(1), pair(2)])
+    batch = trainer.data_collator([trainer.train_dataset[1], trainer.train_dataset[2]])
     prepared = trainer._prepare_inputs(batch)
     assert prepared["pixel_values"].dtype == torch.bfloat16
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
@@ -477,23 +496,6 @@ def test_deepspeed_does_not_round_reference_log_probs(tmp_path, monkeypatch):
 def test_a_reference_that_is_updated_during_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sync_ref_model"):
         MultimodalDPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, sync_ref_model=True)
-
-
-def test_the_hash_of_weights_depends_on_name_type_shape_and_value():
-    def hash_of(**tensors):
-        module = torch.nn.Module()
-        for name, tensor in tensors.items():
-            module.register_buffer(name, tensor)
-        return hash_weights(module)
-
-    zeros = torch.zeros(4, 2)
-    known = hash_of(a=zeros)
-    others = [
-        hash_of(b=zeros), hash_of(a=zeros.half()), hash_of(a=zeros.T), hash_of(a=zeros, b=zeros),
-        hash_of(a=zeros + 1e-30),
-    ]  # fmt: skip
-    assert len({known, *others}) == 6
-    assert hash_of(a=torch.zeros(2, 4).T) == known == hash_of(a=zeros.clone())
 
 
 def test_a_model_that_shares_weights_takes_no_memory():
@@ -557,21 +559,13 @@ def test_two_ranks_write_the_same_file_as_one(tmp_path):
     assert interrupted.returncode != 0
     resumed = run_script(tmp_path / "interrupted", ranks=2)
     # A rank may be terminated before its first batch.
-    assert re.search("[24] of 12 pairs are known", resumed.stdout), resumed.stderr
-    assert json.dumps(pq.read_table(cache_files(tmp_path / "interrupted")[0]).to_pylist()) == json.dumps(
-        pq.read_table(file_of_one).to_pylist()
-    )
-
-
-SETTINGS = {"weights": "ab" * 32, "max_length": 2048}
-
-
-def rows(*numbers: int) -> dict[str, ReferenceLogProbs]:
-    return {pair_key(pair(number)): ReferenceLogProbs(f"p{number}", -number - 0.5, -1.25) for number in numbers}
+    assert any(f"{known} of 12 pairs are known" in resumed.stdout for known in (2, 4)), resumed.stderr
+    assert cache_files(tmp_path / "interrupted")[0].read_bytes() == file_of_one.read_bytes()
 
 
 def changed_pair(**changes) -> dict:
-    return {**deepcopy(pair(1)), **changes}
+    row = {**deepcopy(pair(1)), **changes}
+    return row | {"image_ids": [image_id(image) for image in row["images"]]}
 
 
 def changed_image() -> Image.Image:
@@ -594,105 +588,10 @@ def changed_image() -> Image.Image:
     ],
 )
 def test_the_key_of_a_pair_depends_on_its_content_and_not_on_its_id(other):
-    assert other["id"] == "p1" and pair_key(other) != pair_key(pair(1))
+    assert other["id"] == "p1" and pair_key(other) != pair_key(changed_pair())
 
 
 def test_pairs_with_the_same_content_have_the_same_key():
     grey = Image.new("L", (5, 4), 77)
-    assert pair_key(changed_pair(id="another", score_chosen=3.0)) == pair_key(pair(1))
+    assert pair_key(changed_pair(id="another", score_chosen=3.0)) == pair_key(changed_pair())
     assert pair_key(changed_pair(images=[grey])) == pair_key(changed_pair(images=[grey.convert("RGB")]))
-    without = {key: value for key, value in pair(1).items() if key != "images"}
-    assert pair_key({**without, "image": pair(1)["images"][0]}) == pair_key(pair(1))
-
-
-def test_log_probs_are_read_back_and_the_file_has_metadata(tmp_path):
-    cache = ReferenceCache(tmp_path / "new", SETTINGS, {"base_model": "org/model"})
-    assert cache.read() == {}
-    cache.write(rows(1, 2))
-    cache.write(rows(3))
-    assert ReferenceCache(tmp_path / "new", SETTINGS).read() == rows(1, 2, 3)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{cache.key}.parquet"]
-    table = pq.read_table(cache.path)
-    assert table["id"].to_pylist() == ["p3", "p1", "p2"]
-    metadata = json.loads(table.schema.metadata[b"medst_trl"])
-    assert "Log-probabilities" in metadata["what"] and metadata["about"]["base_model"] == "org/model"
-    assert metadata["settings"].items() >= SETTINGS.items()
-
-
-def test_other_settings_use_another_file(tmp_path):
-    ReferenceCache(tmp_path, SETTINGS).write(rows(1))
-    for other in ({"weights": "cd" * 32}, {"max_length": 1024}, {"max_length": None}, {"ld_alpha": 0.5}):
-        assert ReferenceCache(tmp_path, SETTINGS | other).read() == {}
-    assert ReferenceCache(tmp_path, dict(reversed(SETTINGS.items()))).read() == rows(1)
-
-
-def test_a_renamed_file_of_another_reference_is_marked_broken(tmp_path, caplog):
-    other, cache = ReferenceCache(tmp_path, {"weights": "cd" * 32}), ReferenceCache(tmp_path, SETTINGS)
-    other.write(rows(1))
-    other.path.rename(cache.path)
-    assert cache.read() == {} and not cache.path.exists()
-    assert len(caplog.records) == 1 and "belongs to another reference" in caplog.text
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "no_metadata", "other_columns"])
-def test_a_damaged_file_is_marked_broken_and_written_again(tmp_path, caplog, damage):
-    cache = ReferenceCache(tmp_path, SETTINGS)
-    cache.write(rows(*range(20)))
-    content, table = cache.path.read_bytes(), pq.read_table(cache.path)
-    if damage == "truncated":
-        cache.path.write_bytes(content[: len(content) // 2])
-    elif damage == "empty":
-        cache.path.write_bytes(b"")
-    elif damage == "flipped":  # one bit of a log-probability
-        offset = pq.ParquetFile(cache.path).metadata.row_group(0).column(2).data_page_offset + 60
-        cache.path.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
-    elif damage == "no_metadata":
-        pq.write_table(table.replace_schema_metadata(None), cache.path)
-    else:
-        pq.write_table(table.drop_columns(["rejected"]), cache.path)
-    assert cache.read() == {}
-    assert len(caplog.records) == 1 and ".broken" in caplog.text
-    assert [path.suffix for path in tmp_path.iterdir()] == [".broken"]
-    cache.write(rows(4))
-    assert cache.read() == rows(4)
-
-
-def test_undamaged_lines_of_an_interrupted_run_are_read(tmp_path):
-    cache = ReferenceCache(tmp_path, SETTINGS)
-    cache.write(rows(1))
-    cache.append(rows(2))
-    cache.append(rows(3))
-    ReferenceCache(tmp_path, SETTINGS).append(rows(4))  # another rank
-    ReferenceCache(tmp_path, {}).append(rows(8))  # another reference
-    assert len(cache.parts()) == 2
-    first = next(path for path in cache.parts() if '"p3"' in path.read_text())
-    first.write_text(first.read_text()[:-4] + "\n" + '["x", "p9", 1.0, 2.0]\n["y"]\nnull\n\0\0\0')
-    assert cache.read() == rows(1, 2, 4)
-    cache.write(rows(5))
-    assert not cache.parts() and cache.read() == rows(1, 2, 4, 5)
-    assert ReferenceCache(tmp_path, {}).read() == rows(8)
-
-
-def test_non_finite_log_probs_are_not_read(tmp_path):
-    cache, (key,) = ReferenceCache(tmp_path, SETTINGS), rows(1)
-    cache.append(rows(1))
-    (part,) = cache.parts()
-    for value in ("NaN", "Infinity", "null", '"-1"'):
-        part.write_text(f'["{key}", "p1", {value}, -1.0]\n')
-        assert cache.read() == {}
-    cache.write({key: ReferenceLogProbs("p1", float("nan"), -1.0)})
-    assert cache.read() == {}
-
-
-def test_no_file_is_left_if_nothing_is_computed(tmp_path):
-    ReferenceCache(tmp_path / "new", SETTINGS).append({})
-    assert not list((tmp_path / "new").glob("*"))
-
-
-def test_the_error_for_an_unwritable_directory_names_the_setting(tmp_path):
-    (tmp_path / "file").touch()
-    for cache in (ReferenceCache(tmp_path / "file", SETTINGS), ReferenceCache(tmp_path / "file" / "in", SETTINGS)):
-        with pytest.raises(UserError, match="ref_log_probs_dir"):
-            cache.write(rows(1))
-        with pytest.raises(UserError, match="ref_log_probs_dir"):
-            cache.append(rows(1))

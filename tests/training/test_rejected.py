@@ -17,6 +17,7 @@ from PIL import Image
 from medst_trl import SelfQuestioningConfig, SelfQuestioningTrainer
 from medst_trl.base.errors import UserError
 from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
+from medst_trl.training.encoding import IGNORED
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 
 
@@ -179,12 +180,13 @@ def test_a_usable_conversation_is_never_rejected_by_the_collator(
         longest = DataCollatorForSelfQuestioning(processor, max_length=max_length, sq_ratio=float(asked))
         assert longest([example])["rejected"] == {"x": "too_long"}
         return
-    truncated = []
+    truncated, unlimited = [], DataCollatorForSelfQuestioning(processor, sq_ratio=0.5 * asked)
     for epoch in range(6):
         collator.set_epoch(epoch)
-        batch = collator([example])
+        unlimited.set_epoch(epoch)
+        batch, whole = collator([example]), unlimited([example])
         assert "rejected" not in batch
-        truncated.append("truncated" in batch)
+        truncated.append((batch["labels"] != IGNORED).sum() < (whole["labels"] != IGNORED).sum())
     assert usable.truncated or not any(truncated)
 
 

@@ -203,17 +203,15 @@ def test_plain_trl_conversations_train_as_ours_do(tmp_path, settings):
     assert losses[0] == losses[1] and all(math.isfinite(loss) for loss in losses)
 
 
-def test_another_collator_keeps_all_examples_and_their_lengths(tmp_path):
+def test_another_collator_keeps_all_examples(tmp_path):
     model, processor = tiny_run.small_policy()
-    args = SelfQuestioningConfig(
-        output_dir=str(tmp_path), report_to="none", train_sampling_strategy="group_by_length", max_length=80
-    )
+    args = SelfQuestioningConfig(output_dir=str(tmp_path), report_to="none", max_length=80)
     dataset = Dataset.from_list([tiny_run.conversation(i, turns=1 + i % 2) for i in range(4)])
     collate = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)
     trainer = SelfQuestioningTrainer(
         model=model, args=args, train_dataset=dataset, processing_class=processor, data_collator=lambda x: collate(x)
     )
-    assert len(trainer.train_dataset) == len(trainer.train_lengths) == 4 and max(trainer.train_lengths) == 80
+    assert len(trainer.train_dataset) == 4
 
 
 def test_prompts_with_completions_are_packed(tmp_path):

@@ -24,7 +24,7 @@ from medst_trl.training import settings, trainer
 from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
 from medst_trl.training.settings import default_workers
 from medst_trl.training.sft import SelfQuestioningConfig
-from medst_trl.training.trainer import DataWait, GroupsByLength, SeededLengthGroupedSampler
+from medst_trl.training.trainer import GroupsByLength, SeededLengthGroupedSampler
 
 
 class Clock:
@@ -167,17 +167,16 @@ def test_explicit_worker_settings_are_kept(tmp_path):
     assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
 
 
-def test_data_wait_is_the_fraction_of_time_spent_waiting(monkeypatch):
-    clock, wait = Clock(monkeypatch), DataWait()
+def test_data_wait_is_the_fraction_of_time_spent_waiting(tmp_path, monkeypatch):
+    clock, own = Clock(monkeypatch), tiny_run.make_trainer(tmp_path)
+    own._waited = 0.0
     batches = iter(map(clock.slowed_down(lambda x: x, 3.0), range(3)))
-    for _ in range(2):
-        assert next(wait.timed(batches)) is not None
+    for waited in (3, 6):
+        assert next(own._timed(batches)) is not None
         clock.now += 1.0
-    assert wait.share() == pytest.approx(6 / 8)
-    clock.now += 5.0
-    assert wait.share() == 0
-    assert list(wait.timed(batches)) == [2] and list(wait.timed(batches)) == []
-    assert wait.share() == 1
+        assert own._waited == waited
+    assert list(own._timed(batches)) == [2] and list(own._timed(batches)) == []
+    assert own._waited == 9
 
 
 @pytest.mark.parametrize(("seconds", "hints"), [(0.5, 1), (0.01, 0)])
@@ -329,16 +328,9 @@ def test_evaluation_and_other_strategies_keep_their_sampler(tmp_path):
 
 
 @pytest.mark.parametrize("count", [20, 90])
-def test_a_replaced_dataset_is_trained_on_completely_and_in_random_order(tmp_path, caplog, count):
-    def examples_seen(settings):
-        trainer = grouping_trainer(tmp_path, num_train_epochs=1, **settings)
-        list(trainer.get_train_dataloader())  # uses the lengths of the first dataset
-        trainer.train_dataset = Numbers(count)
+def test_a_replaced_dataset_is_not_grouped_by_the_lengths_of_the_first(tmp_path, count):
+    trainer = grouping_trainer(tmp_path, num_train_epochs=1)
+    list(trainer.get_train_dataloader())  # uses the lengths of the first dataset
+    trainer.train_dataset = Numbers(count)
+    with pytest.raises(ValueError, match="automatically infer lengths"):
         trainer.train()
-        return trainer.model.seen
-
-    seen = examples_seen({})
-    assert sorted(chain(*seen)) == list(range(count))
-    assert len([r for r in caplog.records if "group_by_length: the lengths" in r.message]) == 1
-    assert seen == examples_seen({"train_sampling_strategy": "random"})
-    assert list(grouping_trainer(tmp_path)._get_train_sampler(Numbers(count))) != list(range(count))

@@ -127,7 +127,7 @@ def _reference_directory(datasets: Sequence[str], training_args: "MultimodalDPOC
     writable = beside.parent.is_dir() and os.access(beside if beside.exists() else beside.parent, os.W_OK)
     directory = Path(training_args.ref_log_probs_dir or (beside if writable and len(datasets) == 1 else own))
     for name in datasets if rank() == 0 else ():  # the main process reads the cache for all
-        for path in Path(name, REFERENCE_FOLDER).glob("*.parquet") if Path(name).exists() else _downloaded(name):
+        for path in Path(name, REFERENCE_FOLDER).glob("*.jsonl") if Path(name).exists() else _downloaded(name):
             if not (directory / path.name).exists():
                 directory.mkdir(parents=True, exist_ok=True)
                 with atomic_path(directory / path.name) as temporary:
@@ -140,7 +140,7 @@ def _downloaded(hub_id: str) -> Iterable[Path]:
     from huggingface_hub import snapshot_download
 
     name, revision = split_revision(hub_id)
-    files = f"{REFERENCE_FOLDER}/*.parquet"
+    files = f"{REFERENCE_FOLDER}/*.jsonl"
     try:
         found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
     except OSError as error:

@@ -94,7 +94,7 @@ def test_pairs_of_ones_own_are_trained_on_beside_those_of_the_judge(inputs, tmp_
     assert record["counts"]["pairs"] >= 16 and record["counts"]["steps"] == 1
     assert set(record["counts"]["set_aside"]) == {"unreadable_image"}
     assert [item["path"] for item in record["inputs"]["dataset"]] == list(map(str, names))
-    assert list((tmp_path / "dpo" / "reference_log_probs").glob("*.parquet"))
+    assert list((tmp_path / "dpo" / "reference_log_probs").glob("*.jsonl"))
     ids = json.loads((tmp_path / "dpo" / "training_images.json").read_text())["image_ids"]
     assert {image_id(tiny_dpo.pair(20 + number)["images"][0]) for number in range(3)} <= set(ids)
     assert before == {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
@@ -179,7 +179,7 @@ def test_reference_log_probs_are_cached_next_to_the_pairs_and_reused(inputs, tmp
     first, record = run(inputs, tmp_path / "first", **options)
     assert record["settings"]["precompute_ref_log_probs"] is True and "eval_rewards/margins" in record["metrics"]
     (name,) = cached_files(pairs)
-    assert name.endswith(".parquet") and not (tmp_path / "first" / "reference_log_probs").exists()
+    assert name.endswith(".jsonl") and not (tmp_path / "first" / "reference_log_probs").exists()
     assert fingerprint(pairs) == before  # so a run that started without the cache can resume
     assert len(load_dataset(str(pairs), split="train")) == 12  # the cache is not loaded as pairs
     capsys.readouterr()
@@ -201,7 +201,7 @@ def test_reference_log_probs_of_read_only_pairs_are_read_and_cached_in_the_run_d
     capsys.readouterr()
     run(inputs, tmp_path / "second", dataset=pairs, precompute_ref_log_probs=True)
     assert "8 of 12 pairs are known" in capsys.readouterr().out
-    assert cached_files(tmp_path / "second") == cached_files(pairs)
+    assert set(cached_files(pairs)) < set(cached_files(tmp_path / "second"))
     assert before == [(path, path.stat().st_mtime_ns) for path in sorted(pairs.rglob("*"))]
     # `overwrite` keeps the cache of the run.
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "beta": 0.5, "overwrite": True}
@@ -213,7 +213,7 @@ def test_another_directory_for_reference_log_probs_can_be_set(inputs, tmp_path):
     pairs = shutil.copytree(inputs / "preferences", tmp_path / "preferences")
     options = {"dataset": pairs, "precompute_ref_log_probs": True, "ref_log_probs_dir": tmp_path / "shared" / "cache"}
     run(inputs, tmp_path / "dpo", **options)
-    assert len(list((tmp_path / "shared" / "cache").glob("*.parquet"))) == 1
+    assert len(list((tmp_path / "shared" / "cache").glob("*.jsonl"))) == 1
     assert not (pairs / "reference_log_probs").exists()
 
 
