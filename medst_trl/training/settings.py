@@ -218,7 +218,7 @@ class CommonTrlSettings:
         report_to (`str`, *optional*, defaults to `"none"`):
             Where to log: none, trackio, wandb, ...
         save_strategy (`str`, *optional*, defaults to `"steps"`):
-            When to save checkpoints: no, steps, epoch, best.
+            When to save checkpoints: no, steps, epoch, best (by metric_for_best_model).
         resume_from_checkpoint (`str`, *optional*):
             Checkpoint in output_dir to resume from; true for the newest one, false for none. Default: the newest one,
             if there is any.

@@ -108,6 +108,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
         if isinstance(collator, DataCollatorForSelfQuestioning):  # what another one rejects is not known
             datasets = datasets_by_name(train_dataset, eval_dataset)
             train_dataset, eval_dataset = self.reject_examples(args, datasets, usable_conversations, collator)
+        if args.train_sampling_strategy == "group_by_length" and not has_length(train_dataset):
+            logger.warning("group_by_length: a stream has no lengths to group by. Training follows its order.")
         super().__init__(
             model=model,
             args=args,
