@@ -12,6 +12,7 @@ with JudgeServer(fault=lambda number, body: "500" if number == 0 else None) as s
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -19,9 +20,12 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
-
+TEXTS = {
+    "paper": r"\[Question\]\n(.*)\n\n\[Answer 1\]\n(.*)\n\[End Answer 1\]\n\n\[Answer 2\]\n(.*)\n\[End Answer 2\]",
+    "rubric": "\n\n".join(rf"<{name} \w+>\n(.*)\n</{name} \w+>" for name in ("question", "answer_1", "answer_2")),
+}
+CRITERIA = ("accuracy", "relevance", "completeness", "safety", "overall")
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
 STATUSES = {
     "400": (400, {"message": "bad request", "type": "invalid_request_error"}),
@@ -44,12 +48,18 @@ STATUSES = {
 
 def reply_with(version: str, scores: tuple[float, float]) -> str:
     """Return a well-formed reply that gives these scores to the first and second answer shown."""
-    return JUDGE_PROMPTS.get(version).write(scores, "Both answers address the question.")
+    if version == "paper":
+        return f"{scores[0]:g} {scores[1]:g}\nBoth answers address the question."
+    answers = {f"answer_{place + 1}": dict.fromkeys(CRITERIA, score) for place, score in enumerate(scores)}
+    verdict = "tie" if scores[0] == scores[1] else "answer_1" if scores[0] > scores[1] else "answer_2"
+    return json.dumps({"comparison": "Both answers address the question.", **answers, "verdict": verdict})
 
 
 def shown_texts(messages: list[dict[str, Any]]) -> tuple[str, str, str, str]:
     """Return the name of the prompt, the question, and the first and second answer of a request."""
-    return next((p.name, *texts) for p in JUDGE_PROMPTS.values() if p.shown and (texts := p.shown(messages)))
+    text = next(message for message in messages if message["role"] == "user")["content"][-1]["text"]
+    found = ((version, re.search(pattern, text, re.DOTALL)) for version, pattern in TEXTS.items())
+    return next((version, *match.groups()) for version, match in found if match)
 
 
 def prefers_longer(body: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 PLUGIN = """
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, user_message, user_text
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, user_message
 
 
 def messages(question, answers, image_urls, history, captions):
@@ -17,17 +17,8 @@ def messages(question, answers, image_urls, history, captions):
     return [user_message(image_urls, text)]
 
 
-def shown(messages):
-    first, *texts = user_text(messages).split("\\n")
-    return tuple(texts) if first == "Which is better?" and len(texts) == 3 else None
-
-
 def read(reply):
     return {"A": Reading((10, 0), 0), "B": Reading((0, 10), 1), "C": Reading((5, 5), "tie")}.get(reply[:1])
-
-
-def write(scores, comment):
-    return "C" if scores[0] == scores[1] else "AB"[scores[1] > scores[0]]
 
 
 JUDGE_PROMPTS.register(
@@ -39,8 +30,6 @@ JUDGE_PROMPTS.register(
         reminder="Reply with A, B or C.",
         reply_tokens=1,
         defaults={"seed": 7},
-        shown=shown,
-        write=write,
     )
 )
 """

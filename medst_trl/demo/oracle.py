@@ -1,30 +1,25 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-An oracle that judges drawn phantoms by their content, called by the same client as real judges.
+An oracle that judges drawn phantoms by their content.
 
-With it the whole loop runs and is measured without a network: pairs go through the same prompts, requests, replies and
-parsing, and the judge's error rate is known because it is a setting.
+With it the whole loop runs and is measured without a network, and the judge's error rate is known because it is a
+setting.
 """
 
-import base64
-import io
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.images import image_id
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
 
-from .phantoms import BRIGHTNESSES, MODALITIES, QUADRANTS, SIZE, SIZES, Truth, answer, draw_phantoms, is_well_formed
+from .phantoms import BRIGHTNESSES, MODALITIES, QUADRANTS, SIZES, Truth, answer, draw_phantoms, is_well_formed
 
 
 if TYPE_CHECKING:
@@ -55,8 +50,8 @@ def score_answer(question: str, text: str, truth: Truth) -> int:
 
 
 def open_oracle(
-    candidates: "Dataset", error_rate: float = 0.0, seed: int = 0, prompt_version: str = "rubric"
-) -> Callable[[dict[str, Any]], str]:
+    candidates: "Dataset", error_rate: float = 0.0, seed: int = 0
+) -> Callable[[Mapping[str, Any]], list[int]]:
     """
     Return a judge that knows the phantoms of some candidates.
 
@@ -67,38 +62,23 @@ def open_oracle(
             Share of the pairs whose scores are swapped, in both orders alike.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the phantoms, and of the choice of these pairs.
-        prompt_version (`str`, *optional*, defaults to `"rubric"`):
-            Judge prompt of the requests. It must have `shown` and `write`.
 
     Returns:
-        `Callable`: takes the body of a request, returns the reply. See `local` of [`PairwiseJudge`].
+        `Callable`: takes a pair, returns the scores of its answers. See `local` of [`PairwiseJudge`].
 
     Raises:
-        UserError: if a candidate is not about such a phantom, or the oracle cannot answer the prompt.
+        UserError: if a candidate is not about such a phantom.
     """
-    prompt = _prompt(prompt_version)
     truths = _truths({image_ids[0] for image_ids in candidates["image_ids"] if image_ids}, seed)
 
-    def reply(body: dict[str, Any]) -> str:
-        question, *answers = prompt.shown(body["messages"])
-        image = image_id(_image_of(body["messages"]))
+    def judge(pair: Mapping[str, Any]) -> list[int]:
+        image, question, answers = pair["image_ids"][0], pair["question"], pair["answers"]
         scores = [score_answer(question, text, truths[image]) for text in answers]
         if random.Random(f"{seed}/{image}/{question}/{sorted(answers)}").random() < error_rate:
             scores.reverse()
-        return prompt.write(scores, "As the phantom was drawn.")
+        return scores
 
-    return reply
-
-
-def _prompt(version: str) -> JudgePrompt:
-    prompt = JUDGE_PROMPTS.get(version)
-    if prompt.shown is None or prompt.write is None:
-        able = [other.name for other in JUDGE_PROMPTS.values() if other.shown and other.write]
-        raise UserError(
-            f"The oracle cannot answer the judge prompt {version!r}: it lacks shown or write. Set prompt_version to "
-            f"one of {', '.join(able)}."
-        )
-    return prompt
+    return judge
 
 
 def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
@@ -114,12 +94,6 @@ def _truths(image_ids: set[str], seed: int) -> dict[str, Truth]:
         f"phantoms of seed {seed}, and the oracle knows no others. Set seed to that of `medst prepare`, or replace "
         "oracle_error_rate by a judge (model)."
     )
-
-
-def _image_of(messages: list[dict[str, Any]]) -> Image.Image:
-    content = next(message["content"] for message in messages if message["role"] == "user")
-    url = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
 def _facts(text: str) -> dict[str, Any]:
@@ -158,18 +132,12 @@ class OracleArguments(LocalJudge):
 
     def check(self, args: Any) -> None:
         check_bounds(self, at_least={"oracle_error_rate": 0}, at_most={"oracle_error_rate": 1})
-        _prompt(args.prompt_version)
-        if args.image_size < SIZE:
-            raise UserError(
-                f"image_size is {args.image_size}. With oracle_error_rate it must be at least {SIZE}: the "
-                "oracle recognizes phantoms by their pixels, so they must be sent unchanged."
-            )
 
     def model_name(self, args: Any) -> str:
         return f"phantom-oracle-{self.oracle_error_rate:g}-{args.seed}"
 
-    def open(self, args: Any, candidates: "Dataset") -> Callable[[dict[str, Any]], str]:
-        return open_oracle(candidates, self.oracle_error_rate, args.seed, args.prompt_version)
+    def open(self, args: Any, candidates: "Dataset") -> Callable[[Mapping[str, Any]], list[int]]:
+        return open_oracle(candidates, self.oracle_error_rate, args.seed)
 
 
 LOCAL_JUDGES.register(OracleArguments)

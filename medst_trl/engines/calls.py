@@ -1,19 +1,13 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls to a chat server: their settings, one call and its outcome, and how many run at once."""
+"""Calls to a chat server: their settings, one call and its outcome."""
 
-import asyncio
 import os
 import random
 import re
-import time
-from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-from anyio import CapacityLimiter
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
@@ -22,8 +16,6 @@ from .cost import Budget, Prices, RequestSize, prices_of
 from .responses import CallError
 
 
-TOO_MANY = 0.35  # if a larger share of recent calls is rejected, the server counts as overloaded
-MIN_SEEN = 10  # number of calls that the share is taken of; two for each slot if that is more
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
 
 
@@ -153,54 +145,6 @@ def api_key(variable: str, base_url: str | None) -> str:
     if not value.isascii() or not value.isprintable():
         raise UserError(f"The API key in the environment variable {variable} has invalid characters. Copy it again.")
     return value or "none"
-
-
-class AdaptiveLimit:
-    """
-    Limit of concurrent calls: halved when the server rejects many calls, and raised by one after each round of
-    successful calls.
-
-    A single 429 among successes holds back only its own call: a server that fails now and then is not overloaded, and
-    slowing down would not help it. When a good part of recent calls is rejected, the number of slots is halved, and no
-    call starts before the time that the server named.
-
-    Args:
-        most (`int`):
-            Number of slots at the start, which is never exceeded.
-        sleep (`Callable`, *optional*):
-            Waits for a number of seconds. It may raise an error to end the wait of a call.
-    """
-
-    def __init__(self, most: int, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):
-        self.most, self._sleep = most, sleep
-        self.slots = float(most)
-        self._limiter = CapacityLimiter(most)
-        self._pause_until = 0.0
-        self._recent: deque[bool] = deque(maxlen=max(MIN_SEEN, 2 * most))
-
-    @asynccontextmanager
-    async def slot(self):
-        """Wait for a slot and hold it."""
-        async with self._limiter:
-            while (wait := self._pause_until - time.monotonic()) > 0:
-                await self._sleep(wait)
-            yield
-
-    def went_well(self) -> None:
-        """Record that the server answered."""
-        self._recent.append(False)
-        self._set_slots(min(self.most, self.slots + 1 / self.slots))
-
-    def pushed_back(self, retry_after: float | None) -> None:
-        """Record that the server rejected a call: 429, overloaded, or no answer in time."""
-        self._recent.append(True)
-        if sum(self._recent) / self._recent.maxlen > TOO_MANY:  # in a small sample, many failures can be chance
-            self._set_slots(max(1.0, self.slots / 2))
-            self._pause_until = max(self._pause_until, time.monotonic() + (retry_after or 0))
-            self._recent.clear()  # the calls in flight say nothing about the new limit
-
-    def _set_slots(self, slots: float) -> None:
-        self.slots, self._limiter.total_tokens = slots, int(slots)
 
 
 def wait_before(attempt: int, retry_after: float | None) -> float:

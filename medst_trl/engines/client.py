@@ -3,32 +3,30 @@
 """
 The client for all calls to chat servers: those of the engine `server` and those of the judge.
 
-It retries, adapts the number of concurrent calls and the request fields to the server, stays within a budget, caches
-every reply that has a key, and stops the run with one clear message when nothing can succeed.
+It limits the number of concurrent calls, retries, adapts the request fields to the server, stays within a budget,
+caches every reply that has a key, and stops the run with one clear message when nothing can succeed.
 """
 
 import asyncio
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+from anyio import CapacityLimiter
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from medst_trl.base.errors import UserError
 
-from .calls import AdaptiveLimit, Call, CallSettings, Outcome, Stopped, api_key, wait_before
+from .calls import Call, CallSettings, Outcome, Stopped, api_key, wait_before
 from .cost import Budget, ReplyCache, RequestSize
 from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_body, row_of_content
 
 
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
 GIVE_UP_AFTER = 8  # consecutive calls that fail for one reason before the run stops
-RECENTLY = 10.0  # seconds; if the server answered another call within this time, a failed call is retried soon
 LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
 MONEY_WAIT = 0.05  # seconds between two attempts to reserve money
 
@@ -50,9 +48,9 @@ class Client:
         budget (`Budget`, *optional*):
             What may be spent. By default there is no limit.
         offline (`bool`, *optional*, defaults to `False`):
-            Make no calls: the outcome of what the cache lacks is `request_failed`.
+            Make no calls: the outcome of what the cache lacks is the last failure in it, or `request_failed`.
         advice (`Mapping[str, str]`, *optional*):
-            Messages that replace [`NEXT_STEPS`]. Refusals of single calls (`"content_filter"`, `"bad_request"` ...)
+            Messages that replace [`NEXT_STEPS`]. Refusals of single calls (`"content_filter"`, `"bad_request"`)
             stop the run only if they have one and every call meets them.
         setting (`str`, *optional*, defaults to `"model"`):
             Name of the setting that names the model, for messages.
@@ -79,7 +77,7 @@ class Client:
         from openai import AsyncOpenAI
 
         self.cache, self.budget = self.cache or ReplyCache(), self.budget or Budget()
-        self.limit = AdaptiveLimit(self.settings.concurrency, self._sleep)
+        self.limit = CapacityLimiter(self.settings.concurrency)
         self.events: Counter[str] = Counter()
         self.stop_error: UserError | None = None
         self._stopping = asyncio.Event()  # no further call is made
@@ -87,10 +85,9 @@ class Client:
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task] = set()  # of the calls in flight
         self._fields = AcceptedFields()
-        self._ever_read = False  # in this run or an earlier one
-        self._works = False  # a reply was read in this run
-        self._held: list[dict[str, Any]] = []  # refusals until then
-        self._last_answer = -math.inf
+        self._failed: dict[str, Outcome] = {}  # of calls without a reading in this run, by their key
+        self._has_answered = False
+        self._ever_read = False  # a reply, in this run or an earlier one
         self._in_a_row: Counter[str] = Counter()
         self._secret = "none" if self.offline else api_key(self.settings.key_variable, self.base_url)
         self._openai = AsyncOpenAI(
@@ -177,50 +174,44 @@ class Client:
         task = asyncio.current_task()
         self._tasks.add(task)
         try:
-            if call.key is None:
-                return await self._ask(call, [])
-            async with self._locks.setdefault(call.key, asyncio.Lock()):  # calls with the same key are made once
-                held = [row for row in self._held if row["key"] == call.key]
-                outcome = await self._ask(call, self.cache.attempts(call.key) + held)
+            # Calls with the same key are made once.
+            async with self._locks.setdefault(call.key, asyncio.Lock()) if call.key else nullcontext():
+                outcome = self._known(call) or await self._ask(call)
+                if outcome.reading is None and call.key:
+                    self._failed[call.key] = replace(outcome, cached=True)
                 outcome.charges = self.cache.charges(call.key)
                 return outcome
         finally:
             self._tasks.discard(task)
 
-    async def _ask(self, call: Call, attempts: list[dict[str, Any]]) -> Outcome:
-        """Return the outcome of the attempts so far, or make further attempts until there is one."""
-        cached, loaded = True, self.cache.loaded(call.key)
-        earlier = loaded if loaded > RE_ASKS else 0  # earlier runs gave up: ask anew
-        while True:
-            if attempts and "error" in attempts[-1]:
-                return Outcome(None, attempts[-1]["error"], attempts, cached, attempts[-1].get("detail") or "")
-            for used in range(len(attempts), 0, -1):
-                if (reading := call.read(attempts[used - 1]["reply"])) is not None:
-                    self._ever_read = True
-                    self._works = self._works or not cached
-                    while self._works and self._held:
-                        self.cache.add(self._held.pop(0))
-                    return Outcome(reading, None, attempts[:used], cached)
-            if len(attempts) - earlier > RE_ASKS or (attempts and self.offline):
-                if not cached:
-                    self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
-                return Outcome(None, "unparsable", attempts, cached)
-            if self.offline:
-                return Outcome(None, "request_failed", attempts, cached, "no result")
-            cached = False
+    def _known(self, call: Call) -> Outcome | None:
+        """Return the outcome of a call that needs no connection: the cache has it, or the same call has failed."""
+        attempts, failures = self.cache.attempts(call.key), self.cache.failures.get(call.key)
+        for row in reversed(attempts):
+            if (reading := call.read(row["reply"])) is not None:
+                self._ever_read = True
+                return Outcome(reading, None, [row], cached=True)
+        if not self.offline:
+            return self._failed.get(call.key)
+        error = failures[-1][0] if failures else CallError("request_failed", "not in these files")
+        return Outcome(None, "unparsable" if attempts else error.reason, attempts, True, error.detail, error)
+
+    async def _ask(self, call: Call) -> Outcome:
+        """Return the outcome of a call, which is repeated a few times if its reply cannot be read."""
+        attempts = self.cache.attempts(call.key)
+        attempts = attempts[len(attempts) - len(attempts) % (RE_ASKS + 1) :]  # of an interrupted run
+        while len(attempts) <= RE_ASKS:
             try:
-                row = await self._call_until_answered(call, attempts[earlier:])
+                attempts.append({"key": call.key} | await self._call_until_answered(call, attempts))
             except CallError as error:
-                if call.key is None or error.reason == "request_failed":
-                    return Outcome(None, error.reason, attempts, cached, error.detail, error)
-                row = {"error": error.reason, "detail": error.detail}
-            row = {"key": call.key, "attempt": len(attempts)} | row
-            attempts = [*attempts, row]
-            # A refusal is kept only once the server has shown that it can answer at all.
-            if "error" in row and not self._works:
-                self._held.append(row)
-            elif call.key is not None:
-                self.cache.add(row)
+                return Outcome(None, error.reason, attempts, False, error.detail, error)
+            if call.key is not None:
+                self.cache.add(attempts[-1])
+            if (reading := call.read(attempts[-1]["reply"])) is not None:
+                self._ever_read = True
+                return Outcome(reading, None, attempts, cached=False)
+        self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
+        return Outcome(None, "unparsable", attempts, cached=False)
 
     async def _call_until_answered(self, call: Call, attempts: list[dict[str, Any]]) -> dict[str, Any]:
         """Return one reply, readable or not. Raises `CallError` if all retries fail."""
@@ -241,15 +232,14 @@ class Client:
         while True:
             sent = {}
             try:
-                async with self.limit.slot():
+                async with self.limit:
                     sent = self._fields.apply(body)
                     return await self._paid_call(call, {"at_most": at_most}, sent)
             except CallError as error:
                 if self._fields.learn(error, sent):
                     continue
                 await self._check_retry(error, attempt)
-                works = time.monotonic() - self._last_answer < RECENTLY
-                await self._sleep(wait_before(min(attempt, 1) if works else attempt, error.retry_after))
+                await self._sleep(wait_before(attempt, error.retry_after))
                 attempt += 1
 
     async def _check_retry(self, error: CallError, attempt: int) -> None:
@@ -279,8 +269,6 @@ class Client:
             row = await self._send(call, body)
             tokens = row = row if row["usage"] else row | at_most
         except CallError as error:
-            if error.kind in ("rate_limit", "timeout") or error.status in (503, 529):  # it could not keep up
-                self.limit.pushed_back(error.retry_after)
             lost, tokens = error.kind, {"usage": error.usage} if error.usage else at_most if error.charged else {}
             raise
         except UnicodeEncodeError:  # of the body: nothing was sent
@@ -290,8 +278,7 @@ class Client:
             self.budget.settle(reserved, self.budget.prices.cost_of(tokens))
             if row is None and tokens and call.key is not None:
                 self.cache.add({"key": call.key, "lost": lost} | tokens)
-        self.limit.went_well()
-        self._last_answer = time.monotonic()
+        self._has_answered = True
         self._in_a_row.pop("server", None)
         return row
 
@@ -344,7 +331,7 @@ class Client:
         is_retried = error.action == "retry"
         cause = "server" if is_retried else error.kind
         self._in_a_row[cause] += 1
-        unreachable = error.kind in ("connection", "not_json", "error_body") and self._last_answer == -math.inf
+        unreachable = error.kind in ("connection", "not_json", "error_body") and not self._has_answered
         always = self._in_a_row[cause] >= (1 if unreachable else GIVE_UP_AFTER)
         if always and (is_retried or (cause in self.advice and not self._ever_read)):
             self._stop(self.next_step(error))

@@ -160,58 +160,44 @@ class ReplyCache:
     """
     Replies by the key of their request, in an append-only file, so that no reply is paid for twice.
 
-    A line is `{"key", "attempt", "reply", "finish_reason", "usage"}`, or `{"key", "attempt", "error", "detail"}` for a
-    request that was refused for its content. `{"key", "lost", "usage"}` is a call that may have been charged and left
-    no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most` holds an upper bound
-    of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed", "status", "detail",
-    "result"}` is a result of the Batch API without a reply, and `{"batch": n}` says that another file was written
-    after those before. An incomplete line of a killed run is skipped. Neither requests nor API keys are in the file.
+    A line is `{"key", "reply", "finish_reason", "usage"}`. `{"key", "lost", "usage"}` is a call that may have been
+    charged and left no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most`
+    holds an upper bound of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed",
+    "status", "detail", "without"}` is a result of the Batch API without a reply; its request was sent without these
+    fields. Refusals of other requests are not kept: the next run asks again. An incomplete line of a killed run is
+    skipped. Neither requests nor API keys are in the file.
 
     Args:
         directory (`str` or `os.PathLike`, *optional*):
             Directory of `judge_cache.jsonl`. Stages may share one. None keeps replies in memory.
 
     Attributes:
-        batches (`int`):
-            Number of times that files of the Batch API were written again after failures.
-        failures (`dict`):
-            Failed results of the Batch API by their hash: the value of `batches` when it was read, the key of the
-            request, and the [`CallError`].
+        failures (`dict[str, list]`):
+            Results of the Batch API without a reply, by the key of the request: the [`CallError`], and the fields that
+            the request was sent without.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None):
         self.path = Path(directory, CACHE_FILE) if directory is not None else None
-        self._rows: dict[str, dict[int, dict[str, Any]]] = {}
+        self._replies: dict[str, list[dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
-        self.batches = 0
-        self.failures: dict[str | None, tuple[int, str, CallError]] = {}
+        self.failures: dict[str, list[tuple[CallError, list[str]]]] = {}
         self._file = None
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
                 for line in file:
                     with suppress(ValueError, TypeError, KeyError):  # an incomplete line, or one of something else
-                        row = json.loads(line)
-                        if {"lost", "reply", "error", "failed", "batch"}.intersection(row):
-                            self._keep(row)
-        self._loaded = {key: len(rows) for key, rows in self._rows.items()}
+                        self._keep(json.loads(line))
 
-    def attempts(self, key: str) -> list[dict[str, Any]]:
-        """Return the replies to a request in order: unreadable ones, then perhaps one that can be read."""
-        rows = self._rows.get(key, {})
-        return [rows[attempt] for attempt in sorted(rows)]
-
-    def loaded(self, key: str | None) -> int:
-        """Return the number of replies to a request that earlier runs left in the file."""
-        return self._loaded.get(key, 0)
+    def attempts(self, key: str | None) -> list[dict[str, Any]]:
+        """Return the replies to a request, oldest first; perhaps none of them can be read."""
+        return list(self._replies.get(key, ()))
 
     def is_open(self, key: str, read: Callable[[str], Any]) -> bool:
-        """Return whether a request is to be sent: there is no reply, or only unreadable ones of earlier runs."""
-        rows = self.attempts(key)
-        if not rows or not self.loaded(key):
-            return not rows
-        return "error" not in rows[-1] and all(read(row["reply"]) is None for row in rows)
+        """Return whether no reply to a request can be read."""
+        return all(read(row["reply"]) is None for row in self.attempts(key))
 
-    def charges(self, key: str) -> list[dict[str, Any]]:
+    def charges(self, key: str | None) -> list[dict[str, Any]]:
         """Return all calls for a request that may have been charged: its replies, and the calls without one."""
         return self.attempts(key) + self._lost.get(key, [])
 
@@ -245,10 +231,8 @@ class ReplyCache:
     def _keep(self, row: dict[str, Any]) -> None:
         if "lost" in row:
             self._lost.setdefault(row["key"], []).append(row)
-        elif "batch" in row:
-            self.batches += 1
         elif "failed" in row:
-            error = CallError(row["failed"], row["detail"], row["status"])
-            self.failures[row.get("result")] = (self.batches, row["key"], error)
-        else:
-            self._rows.setdefault(row["key"], {}).setdefault(row["attempt"], row)
+            failure = CallError(row["failed"], row["detail"], row["status"]), row.get("without", [])
+            self.failures.setdefault(row["key"], []).append(failure)
+        elif "reply" in row:
+            self._replies.setdefault(row["key"], []).append(row)

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -24,16 +24,14 @@ logger = logging.getLogger(__name__)
 _MAX_CHARS = 300  # of a server's message
 
 # Kinds of errors: these stop the run, these drop the call, and all others are retried.
-STOPS = frozenset({"auth", "quota", "model", "address", "no_images"})
-DROPS = frozenset({"content_filter", "image_refused", "bad_request", "unparsable", "interrupted", "image_unreadable"})
+STOPS = frozenset({"auth", "quota", "model", "address"})
+DROPS = frozenset({"content_filter", "bad_request", "unparsable", "interrupted", "image_unreadable"})
 
 NEXT_STEPS = {
     "auth": "{base_url} refused the API key{code}. Set a valid one in the environment variable {variable}",
     "quota": "The account has no quota or credit left. Top it up or raise its limit",
     "model": "The server at {base_url} has no model {model!r} ({detail}). Correct --{setting}{offers}",
-    "address": "There is no chat API at {base_url}. Correct --base_url; it usually ends in /v1",
-    "no_images": "The server does not accept images for {model!r}: {detail}. Set --{setting} to a model that accepts "
-    "images, or allow images in the server's settings (vLLM: --limit-mm-per-prompt)",
+    "address": "There is no chat API at {base_url} ({detail}). Correct --base_url; it usually ends in /v1",
     "connection": "The server at {base_url} cannot be reached ({detail}). Start it, or correct --base_url",
     "timeout": "The server at {base_url} did not answer in time. Check its load, or raise --timeout",
     "not_json": "{base_url} is not a chat API ({detail}). Correct --base_url; it usually ends in /v1",
@@ -43,22 +41,14 @@ NEXT_STEPS = {
     "rate_limit": "The server at {base_url} rejects every call: {detail}. Lower --concurrency, or try later",
 }
 
-# Parts of servers' messages, in lower case.
-_NO_IMAGES = re.compile(
-    r"at most 0 image|not a multi-?modal model|no endpoints? found that support image"
-    r"|(?:not|n['\u2019]t) support (?:image|vision|multi-?modal) inputs?\b"
-)
-_NO_MODEL = re.compile(
-    r"\b(?:unknown|no such) model\b"
-    r"|\bmodel\b(?:(?! image | file | url ).){0,200}?(?:\bnot|n['\u2019]t) (?:be )?(?:exist|found)\b"
-)
-_TOO_LONG = re.compile(
-    r"context (?:length|window|size)|maximum (?:model|input|prompt|sequence) length|max_model_len|too many tokens"
-    r"|\b(?:prompt|input)\b.{0,40}\btoo long"
-)
-_OF_IMAGE = re.compile(r"\bimages?\b|\bimage_url\b|\bvision\b|\bmulti-?modal\b")
+# Parts of servers' messages.
 _OF_FILTER = re.compile(r"content (management )?policy|content filter|safety system|flagged")
-_OF_FORMAT = re.compile(r"response_format|json_schema|json_object|structured|guided")
+# Fields that not every server accepts, by what it says about them. A newer name replaces `max_tokens`.
+_FIELDS = {
+    "response_format": re.compile(r"response_format|json_schema|json_object|structured|guided"),
+    "max_tokens": re.compile("max_completion_tokens"),
+    "temperature": re.compile("temperature"),
+}
 
 
 @dataclass(eq=False)
@@ -89,7 +79,7 @@ class CallError(Exception):
     @property
     def reason(self) -> str:
         """The reason as judgements record it."""
-        return self.kind if self.kind in ("content_filter", "image_refused", "unparsable") else "request_failed"
+        return self.kind if self.kind in ("content_filter", "unparsable") else "request_failed"
 
 
 def error_of(error: Exception, secret: str | None = None) -> CallError:
@@ -127,27 +117,20 @@ def clean_message(text: str, secret: str | None = None) -> str:
 
 
 def _kind_of(status: int, code: str, message: str) -> str:
+    """Return the kind of an error. The order matters: servers use a status, such as 400 or 429, for several kinds."""
     if any(word in code for word in ("content_filter", "content_policy", "moderation")) or _OF_FILTER.search(message):
         return "content_filter"
     if "insufficient_quota" in code or "billing" in code or status == 402:
         return "quota"
-    if status < 500 and _NO_IMAGES.search(message):
-        return "no_images"
-    if "model_not_found" in code or (status in (400, 404) and _NO_MODEL.search(message)):
-        return "model"
+    if status in (404, 405) or "model_not_found" in code:
+        return "model" if "model" in f"{code} {message}" else "address"
     if status in (401, 403) or "invalid_api_key" in code or "authentication" in code:
         return "auth"
-    if status == 404 or status == 405:
-        return "model" if "model" in message else "address"
     if status == 429 or "rate_limit" in code:
         return "rate_limit"
     if status in (408, 409, 425) or status >= 500 or "server_error" in code or "overloaded" in code:
         return "server_error"
-    if status == 200:
-        return "error_body"
-    if "context_length" in code or _TOO_LONG.search(message):  # such messages often count the images' tokens, too
-        return "bad_request"
-    return "image_refused" if "image" in code or _OF_IMAGE.search(message) else "bad_request"
+    return "error_body" if status == 200 else "bad_request"
 
 
 def _without_html(text: str) -> str:
@@ -219,54 +202,32 @@ def _usage(body: Any) -> dict[str, int] | None:
 
 @dataclass
 class AcceptedFields:
-    """The fields of a request that this server has refused so far."""
+    """
+    The fields of a request that this server accepts.
 
-    formats: list[str | None] = field(default_factory=lambda: ["json_schema", "json_object", None])
-    renamed: bool = False
-    no_temperature: bool = False
+    Attributes:
+        refused (`set[str]`): The fields that it has refused so far.
+    """
+
+    refused: set[str] = field(default_factory=set)
 
     def apply(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return a request in the fields that this server accepts."""
-        body = dict(body)
-        if "response_format" in body and self.formats[0] != "json_schema":
-            body["response_format"] = {"type": self.formats[0]}
-        if "response_format" in body and self.formats[0] is None:
-            del body["response_format"]
-        if self.renamed and "max_tokens" in body:
-            body["max_completion_tokens"] = body.pop("max_tokens")
-        if self.no_temperature:
-            body.pop("temperature", None)
-        return body
+        accepted = {name: value for name, value in body.items() if name not in self.refused}
+        if "max_tokens" in body and "max_tokens" in self.refused:
+            accepted["max_completion_tokens"] = body["max_tokens"]
+        return accepted
 
-    def __str__(self) -> str:
-        """What [`AcceptedFields.apply`] does; empty if it changes nothing."""
-        changes = {
-            "replaces max_tokens with max_completion_tokens": self.renamed,
-            "leaves out temperature": self.no_temperature,
-            "leaves out response_format": self.formats[0] is None,
-            "changes response_format to json_object": self.formats[0] == "json_object",
-        }
-        return " and ".join(text for text, is_made in changes.items() if is_made)
-
-    def learn(self, error: CallError, sent: dict[str, Any]) -> bool:
+    def learn(self, error: CallError, sent: Container[str]) -> bool:
         """
-        Learn from a refused request which field to change.
+        Learn from a refused request, with the fields `sent`, which field to leave out.
 
         Returns whether to send it again; concurrent calls may learn the same.
         """
-        if error.status not in (400, 422):
-            return False
-        text = error.detail
-        if "response_format" in sent and _OF_FORMAT.search(text):
-            if self.apply(sent).get("response_format") == sent["response_format"]:
-                self.formats.pop(0)
-            return True
-        if "max_tokens" in sent and "max_completion_tokens" in text:
-            self.renamed = True
-            return True
-        if "temperature" in sent and "temperature" in text:
-            if not self.no_temperature:
-                logger.warning("The server does not accept a temperature. It samples with its own settings.")
-            self.no_temperature = True
-            return True
+        for name, pattern in _FIELDS.items():
+            if error.status in (400, 422) and name in sent and pattern.search(error.detail):
+                if name == "temperature" and name not in self.refused:
+                    logger.warning("The server does not accept a temperature. It samples with its own settings.")
+                self.refused.add(name)
+                return True
         return False

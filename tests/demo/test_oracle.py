@@ -1,10 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Test that the oracle knows the ground truth, errs at its error rate and answers the requests of real judges."""
-
-import base64
-import io
-from dataclasses import replace
+"""Test that the oracle knows the ground truth and errs at its error rate."""
 
 import pytest
 from datasets import Dataset
@@ -14,7 +10,6 @@ from medst_trl.data.images import image_id
 from medst_trl.demo import oracle as phantom_oracle
 from medst_trl.demo.oracle import open_oracle, score_answer
 from medst_trl.demo.phantoms import Truth, answer, make_phantoms
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 
 
 LESION = Truth("CT", True, "upper left", "small", "bright")
@@ -53,29 +48,20 @@ def test_answers_to_impossible_questions_score_one():
     assert score_answer("Nonsense", "upper left", LESION) == 1
 
 
-def ask(oracle, version: str, question: str, answers: list[str], phantom):
-    file = io.BytesIO()
-    phantom.image.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    prompt = JUDGE_PROMPTS.get(version)
-    return prompt.read(oracle({"messages": prompt.messages(question, answers, [url], [], [])}))
-
-
 def test_verdicts_err_at_the_error_rate_and_equally_in_both_orders():
     phantoms = make_phantoms(60, 2, "unlabelled")
     candidates = Dataset.from_list([{"image_ids": [image_id(phantom.image)]} for phantom in phantoms])
     question, wrong_answers = "Which modality is shown?", {"CT": "MRI", "MRI": "ultrasound", "ultrasound": "CT"}
     for rate, low, high in ((0.0, 0, 0), (0.3, 0.15, 0.45)):
         errors = 0
-        paper = open_oracle(candidates, error_rate=rate, seed=2, prompt_version="paper")
-        rubric = open_oracle(candidates, error_rate=rate, seed=2)
-        for number, phantom in enumerate(phantoms):
+        judge = open_oracle(candidates, error_rate=rate, seed=2)
+        for phantom in phantoms:
             right = answer(question, phantom.truth)
-            oracle = ((paper, "paper"), (rubric, "rubric"))[number % 2]
-            forward = ask(*oracle, question, [right, wrong_answers[right]], phantom)
-            swapped = ask(*oracle, question, [wrong_answers[right], right], phantom)
-            assert forward.verdict == 1 - swapped.verdict  # an error does not depend on the order
-            errors += forward.verdict == 1
+            pair = {"image_ids": [image_id(phantom.image)], "question": question}
+            forward = judge(pair | {"answers": [right, wrong_answers[right]]})
+            swapped = judge(pair | {"answers": [wrong_answers[right], right]})
+            assert forward == swapped[::-1]  # an error does not depend on the order
+            errors += forward[0] < forward[1]
         assert low <= errors / len(phantoms) <= high
 
 
@@ -85,10 +71,3 @@ def test_images_that_are_not_phantoms_are_refused(monkeypatch):
     candidates = Dataset.from_list([{"image_ids": ["a"]}, {"image_ids": [image_id(known.image)]}])
     with pytest.raises(UserError, match="1 of 2 images"):
         open_oracle(candidates)
-
-
-def test_a_prompt_without_shown_and_write_is_refused(monkeypatch):
-    paper = JUDGE_PROMPTS.get("paper")
-    monkeypatch.setitem(JUDGE_PROMPTS._objects, "paper", replace(paper, write=None))
-    with pytest.raises(UserError, match="cannot answer the judge prompt 'paper'"):
-        open_oracle([], 0, 0, "paper")

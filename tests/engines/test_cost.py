@@ -12,8 +12,8 @@ from medst_trl.base.errors import UserError
 from medst_trl.engines.cost import CACHE_FILE, Budget, Prices, ReplyCache, RequestSize, image_tokens, prices_of
 
 
-def row(key, attempt=0, reply="8 9"):
-    return {"key": key, "attempt": attempt, "reply": reply, "finish_reason": "stop", "usage": None}
+def row(key, reply="8 9"):
+    return {"key": key, "reply": reply, "finish_reason": "stop", "usage": None}
 
 
 def test_known_prices_are_found():
@@ -62,13 +62,28 @@ def test_a_budget_is_never_exceeded(calls):
 
 def test_cache_keeps_attempts_in_order(tmp_path):
     cache = ReplyCache(tmp_path)
-    cache.add(row("a", 0, "nonsense"))
-    cache.add(row("a", 1, "8 9"))
-    cache.add({"key": "b", "attempt": 0, "error": "content_filter", "detail": "no"})
+    cache.add(row("a", "nonsense"))
+    cache.add(row("a", "8 9"))
+    cache.add({"key": "b", "failed": "bad_request", "status": 400, "detail": "no", "without": ["max_tokens"]})
     cache.close()
     reloaded = ReplyCache(tmp_path)
     assert [attempt["reply"] for attempt in reloaded.attempts("a")] == ["nonsense", "8 9"]
-    assert reloaded.attempts("b")[0]["error"] == "content_filter" and reloaded.attempts("c") == []
+    assert reloaded.attempts("b") == reloaded.attempts("c") == []
+    [(error, without)] = reloaded.failures["b"]
+    assert (error.kind, error.status, error.detail, without) == ("bad_request", 400, "no", ["max_tokens"])
+
+
+def test_the_cache_of_version_0_1_0_is_read(tmp_path):
+    rows = [
+        row("a", "nonsense") | {"attempt": 0}, row("a") | {"attempt": 1},
+        {"key": "b", "attempt": 0, "error": "content_filter", "detail": "no"},  # is requested again
+        {"key": "c", "lost": "timeout", "at_most": {"prompt_tokens": 1, "completion_tokens": 2}}, {"batch": 1},
+        {"key": "d", "failed": "server_error", "status": 500, "detail": "oops", "result": "0123"},
+    ]  # fmt: skip
+    (tmp_path / CACHE_FILE).write_text("".join(json.dumps(item) + "\n" for item in rows))
+    cache = ReplyCache(tmp_path)
+    assert cache.attempts("a") == rows[:2] and cache.attempts("b") == [] and cache.charges("c") == rows[3:4]
+    assert cache.failures["d"][0][0].detail == "oops" and cache.failures["d"][0][1] == []
 
 
 def test_cache_records_the_charges_of_calls_without_a_reply(tmp_path):

@@ -38,13 +38,12 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import write_jsonl
-from medst_trl.base.settings import check_bounds, check_url, documented, make_lists
+from medst_trl.base.settings import check_bounds, documented, make_lists
 from medst_trl.data.groups import MOST_BITS, NEAR_COPY_BITS
 from medst_trl.data.loading import load_records
 from medst_trl.data.reading import read_text_file
 from medst_trl.data.schema import features_of, with_stored_images, write_split
 from medst_trl.engines.calls import CALL_SETTINGS
-from medst_trl.engines.cost import BYTES_PER_TOKEN, image_tokens
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.lineage import read_inventory
 from medst_trl.pipeline.record import StageRecord, is_left_out
@@ -150,10 +149,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
         print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
         args.benchmarks.remove(name)
-    if Path(args.candidates).is_dir() and not any(Path(args.candidates).iterdir()):
-        raise UserError(f"{args.candidates} holds no candidates. rejected.jsonl beside it says why. Generate more.")
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
-    benchmarks = [_open_benchmark(name) for name in args.benchmarks]
+    benchmarks = [load_records(name, "test", "benchmark") for name in args.benchmarks]
     judge = _make_judge(args, judges, candidates)
     if not (args.dry_run or args.write_batch or args.read_batch):
         judge.check_key()
@@ -171,7 +168,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
         if args.write_batch:
             return _write_batch(args.write_batch, judge, candidates)
         if args.read_batch:
-            counts = read_batch(judge.cache, args.read_batch, judge.prompt.read)
+            counts = read_batch(judge.cache, args.read_batch)
             kinds = ", ".join(f"{what}: {number:,}" for what, number in counts.items())
             print(f"judge: {number_of(sum(counts.values()), 'result')} read ({kinds}).")
         judgements, statistics = _judge(args, judge, candidates)
@@ -186,11 +183,9 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     """Raise a `UserError` for arguments that cannot work."""
     if local := chosen_judge(judges):
         local.check(args)
-    elif args.model is None:
-        raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
-    else:
-        check_url("base_url", args.base_url)
-        args.check_calls(args.model)
+        free = {"price_per_million_input_tokens": 0.0, "price_per_million_output_tokens": 0.0}
+        args = replace(args, model=local.model_name(args), **free)
+    args.check_judge()
     at_least = {"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0}
     at_most = {"duplicate_similarity": 1, "near_copy_bits": MOST_BITS}
     above, below = {"duplicate_similarity": 0}, {"validation_share": 1}
@@ -199,33 +194,14 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
         raise UserError("write_batch and read_batch are two steps. Write, have the files processed, then read.")
 
 
-def _open_benchmark(name: str) -> "Dataset":
-    """Load the test split of a benchmark whose images must not be trained on."""
-    try:
-        return load_records(name, "test", "benchmark")
-    except UserError as error:
-        if Path(name).exists():
-            raise  # it is incomplete or damaged, and its images must still be kept out
-        raise UserError(
-            f"benchmarks: {error} If there is no benchmark whose images must be kept out, set `benchmarks: []` in the "
-            "recipe, or leave out --benchmarks."
-        ) from None
-
-
 def _read_captions(path: str | None) -> dict[str, str]:
     """Return captions by image_id from JSON lines, none without a file."""
-    captions = {}
-    lines = read_text_file(Path(path), "reference_captions").split("\n") if path else ()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            captions |= {"".join([row["image_id"]]): "".join([row["caption"]])}
-        except (ValueError, LookupError, TypeError):
-            text = f"{path}, line {number}: not an object with image_id and caption (texts). Correct it."
-            raise UserError(text) from None
-    return captions
+    text = read_text_file(Path(path), "reference_captions") if path else ""
+    try:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        return {"".join([row["image_id"]]): "".join([row["caption"]]) for row in rows}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} must have JSON lines with image_id and caption (texts): {error!r}.") from None
 
 
 def _make_judge(args: JudgeArguments, judges: Sequence[LocalJudge], candidates: "Dataset") -> "PairwiseJudge":
@@ -273,8 +249,6 @@ def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") 
     offline = bool(args.read_batch)
     estimate = judge.estimate(candidates)
     print(f"judge: {estimate}")
-    if judge.max_cost is not None and (estimate.cost or 0) > judge.max_cost:
-        print(f"judge: this is more than max_cost {judge.max_cost:g}. The run will stop there and can be resumed.")
     judgements = list(tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None))
     write_jsonl(Path(args.output_dir, "judgements.jsonl"), judgements)
     return judgements, judge_statistics(judgements, judge.prices) | {
@@ -344,18 +318,7 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
         yield "prompts", f"{requests} to {url}, model {args.model}"
         if count.number is None:
             yield "prompts", f"their number depends on {count.depends_on}"
-        yield "prompts", args.budget_note + _expected_cost(args, count)
-
-
-def _expected_cost(args: JudgeArguments, count: Count) -> str:
-    """Return what the requests may cost together, empty if that is not known."""
-    prices = args.prices_of(args.model)
-    if not prices.known or count.number is None:
-        return ""
-    text = 4000 / BYTES_PER_TOKEN  # instructions, question and two answers
-    question = image_tokens(args.model, args.image_size, args.image_size) + text
-    reply = min(args.max_tokens, JUDGE_PROMPTS.get(args.prompt_version).reply_tokens)
-    return f"; about {count.number * prices.cost(question, reply):,.0f} US dollars for all of them"
+        yield "prompts", args.budget_note
 
 
 STAGE = Stage(
@@ -376,8 +339,8 @@ STAGE = Stage(
         Input("read_batch", FILE),
     ),
     outputs=(Output("preferences", "preferences", _count),),
-    # These settings change how replies are obtained, not their content. A judge is identified by its model name.
     earlier_defaults={"near_copy_bits": NEAR_COPY_BITS},
+    # These settings change how replies are obtained, not their content. A judge is identified by its model name.
     operational=CALL_SETTINGS | {"cache_dir", "dry_run", "write_batch", "read_batch", "num_workers"},
 )
 STAGES.register(STAGE)

@@ -5,9 +5,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
-from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +19,7 @@ from medst_trl.data.reading import read_text_file
 from medst_trl.engines.cost import ReplyCache
 from medst_trl.engines.responses import CallError, error_of_status, row_of_body
 
-from .pairwise import BatchFailures, PairwiseJudge
+from .pairwise import PairwiseJudge
 
 
 MAX_REQUESTS = 50_000  # OpenAI's limit per file
@@ -42,23 +41,15 @@ def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], p
             The file. If OpenAI's limits require several, the others are `<name>-2.jsonl`, `<name>-3.jsonl` and so on.
 
     Returns:
-        `list[Path]`: the files; empty if no request is left: all have replies, or were refused twice.
-
-    Raises:
-        UserError: if the server refused all requests twice.
+        `list[Path]`: the files; empty if no request is left: all have replies, or were refused.
     """
     path, files = Path(path), []
     candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-    failures = BatchFailures(judge, candidates)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, lines in groupby(_numbered(_lines(judge, candidates, failures)), key=itemgetter(0)):
+    for number, lines in groupby(_numbered(_lines(judge, candidates)), key=itemgetter(0)):
         files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
         with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
             file.writelines(line for _, line in lines)
-    if failures.refused and not files and not judge.estimate(candidates).cached:
-        raise failures.refused_twice()
-    if failures.errors:
-        judge.cache.add({"batch": judge.cache.batches + 1})
     return files
 
 
@@ -72,30 +63,30 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], failures: BatchFailures) -> Iterator[bytes]:
-    seen = set(failures.refused)
+def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    fields, refused = judge.batch_failures(candidates)
+    seen = set(refused)
     for _, requests in judge.requests(candidates):
         for request in requests:
             if request.key not in seen and judge.cache.is_open(request.key, request.read):
                 seen.add(request.key)
-                line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions"}
+                # If the server refuses the request, the result says which fields it was sent without.
+                name = "-".join([request.key, *sorted(fields.refused)])
+                line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
                 with suppress(ImageProblem):  # the judge drops such pairs
-                    line["body"] = failures.fields.apply(request.body())
+                    line["body"] = fields.apply(request.body())
                     yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def read_batch(
-    cache: ReplyCache, paths: Iterable[str | os.PathLike], read: Callable[[str], Any] = str
-) -> dict[str, int]:
+def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
     """
     Put the results of the Batch API (its output and its error files) into a judge's cache.
 
-    Results that the cache already has are skipped, so a file may be read twice. `read` is that of the judge's prompt:
-    another reply is kept beside those that it could not read in earlier runs.
+    A file may be read twice: replies that the cache already has are skipped.
 
     Returns:
-        `dict`: number of results by content: `replies`, `content_filter` and `image_refused` (which drop their
-        pairs), `failed` (no reply: such calls are still to be made) and `unreadable` lines (not JSON in UTF-8).
+        `dict`: number of results by content: `replies`, `content_filter` (which drop their pairs), `failed` (no reply)
+        and `unreadable` lines (not JSON in UTF-8).
 
     Raises:
         UserError: if a file cannot be read, or if none of its lines is a result.
@@ -103,7 +94,7 @@ def read_batch(
     counts: Counter[str] = Counter()
     for path in paths:
         lines = read_text_file(Path(path), "results").split("\n")
-        found = Counter(_read_line(cache, line, read) for line in lines if line.strip())
+        found = Counter(_read_line(cache, line) for line in lines if line.strip())
         if not found.total() - found["unreadable"]:
             raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
         counts += found
@@ -111,27 +102,22 @@ def read_batch(
     return dict(counts)
 
 
-def _read_line(cache: ReplyCache, line: str, read: Callable[[str], Any]) -> str:
+def _read_line(cache: ReplyCache, line: str) -> str:
     """Keep one result in the cache, and return what it holds."""
     try:
         line.encode()  # fails if a byte is of another encoding
         result = json.loads(line)
-        key = str(result["custom_id"])
+        key, *without = str(result["custom_id"]).split("-")
         row = _row(result)
     except CallError as error:
-        if error.reason == "request_failed":
-            result = sha256(line.strip().encode()).hexdigest()[:16]
-            if result not in cache.failures and not cache.attempts(key):
-                reason = {"failed": error.kind, "status": error.status, "detail": error.detail}
-                cache.add({"key": key, "result": result} | reason)
-            return "failed"
-        row = {"error": error.reason, "detail": error.detail}
+        failure = {"failed": error.kind, "status": error.status, "detail": error.detail, "without": without}
+        cache.add({"key": key} | failure)
+        return "content_filter" if error.kind == "content_filter" else "failed"
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return "unreadable"
-    attempts = cache.attempts(key)
-    if cache.is_open(key, read) and row.get("reply") not in [attempt["reply"] for attempt in attempts]:
-        cache.add({"key": key, "attempt": len(attempts)} | row)
-    return row.get("error", "replies")
+    if row["reply"] not in [attempt["reply"] for attempt in cache.attempts(key)]:
+        cache.add({"key": key} | row)
+    return "replies"
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:

@@ -2,44 +2,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pairwise judge: a stronger vision-language model compares two answers, in both orders."""
 
-import asyncio
 import json
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
-from operator import itemgetter
+from itertools import chain
 from typing import Any
 
 from medst_trl.base.errors import UserError, number_of
-from medst_trl.base.settings import check_bounds, check_choice
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.schema import text_of
 from medst_trl.engines.calls import Call, Outcome, api_key
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
-from medst_trl.engines.responses import AcceptedFields
+from medst_trl.engines.responses import AcceptedFields, CallError
 
-from .prompt import JUDGE_PROMPTS, MAX_CHARS, fit
-from .settings import JudgeSettings
+from .prompt import JUDGE_PROMPTS, MAX_CHARS, Reading, winner
+from .settings import ORDERS, JudgeSettings
 
 
-ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
 CALLS_PER_SLOT = 6  # calls in flight per concurrent call, so that slots stay busy while some wait for a retry
-LOCAL_URL = "http://localhost/v1"  # of a judge in this process; nothing is sent there
 # Messages for a run in which the judge refuses everything.
 _ADVICE = {
     "content_filter": "The judge refuses every pair for its content. Choose another --model",
-    "image_refused": "The judge refuses every image: {detail}. Choose a --model that accepts images",
-    "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run",
+    "bad_request": "The judge's server refuses every request: {detail}. Look at one with --dry_run. If the server "
+    "takes no images, choose another --model",
     "unparsable": "None of the judge's replies could be read; the last one began with: {detail}. Choose a stronger "
     "--model, another --prompt_version, or more --max_tokens",
 }
-_AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -87,8 +80,7 @@ class PairwiseJudge(JudgeSettings):
         captions (`dict`, *optional*):
             Reference captions by `image_id`, for prompts that show them.
         local (`Callable`, *optional*):
-            A judge in this process that replaces the server: takes the body of a request, returns the reply. Its calls
-            are free.
+            A judge in this process that replaces the server, see [`LocalJudge.open`]. Its calls are free.
         held_out (`Callable`, *optional*):
             Takes a candidate and returns the reason to drop its pairs without asking about them, or None. See
             [`~medst_trl.selftrain.preferences.why_held_out`].
@@ -114,29 +106,24 @@ class PairwiseJudge(JudgeSettings):
     """
 
     captions: Mapping[str, str] | None = None
-    local: Callable[[dict[str, Any]], str] | None = None
+    local: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
     held_out: Callable[[Mapping[str, Any]], str | None] = lambda candidate: None
     http_client: Any = None
 
     def __post_init__(self):
-        if not self.model:
-            raise UserError("No judge model is set. Set model to its name on the server.")
         self.captions = dict(self.captions or {})
         self.prompt = JUDGE_PROMPTS.get(self.prompt_version)
         if self.local is not None:
-            self.base_url = LOCAL_URL
             self.price_per_million_input_tokens = self.price_per_million_output_tokens = 0.0
         self.prices = self.prices_of(self.model)
         self.events: Counter[str] = Counter()
-        check_choice("order", self.order, ORDERS)
+        self.check_judge()
         if self.captions and "captions" not in self.prompt.uses:
             able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
             raise UserError(
                 f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
                 f"of {', '.join(able)}, or leave out the captions."
             )
-        check_bounds(self, at_least=_AT_LEAST)
-        self.check_calls(self.model)
         self.cache = ReplyCache(self.cache_dir)
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
@@ -153,24 +140,25 @@ class PairwiseJudge(JudgeSettings):
         Yields:
             `dict`: a judgement. `id` (of the pair), `candidate`, `image_ids`, `question`, `answers`; `verdict` (0 or
             1: the better answer; None if the pair is dropped), `scores` (of both answers, means over the orders),
-            `dropped` (None or a reason: `flip`, `tie`, `small_margin`, `content_filter`, `image_refused`,
-            `image_unreadable`, `unparsable`, `request_failed`, or one of `held_out`); `orders`, one for each order in
+            `dropped` (None or a reason: `flip`, `tie`, `small_margin`, `content_filter`, `image_unreadable`,
+            `unparsable`, `request_failed`, or one of `held_out`); `orders`, one for each order in
             which the pair was shown (`shown`, `scores` and `verdict` by answer, `criteria`, `reply`, `usage`, `cost`,
-            `finish_reason`, `cached`, and `request`, which pairs with the same request share); `cut`, `neutralised`
-            (whether a text was); `model`, `prompt_version`.
+            `finish_reason`, `cached`, and `request`, which pairs with the same request share); `cut` (whether a text
+            was); `model`, `prompt_version`.
 
         Raises:
             UserError: if the run has to stop: no key, no credit, unknown model, no server, the budget used up. All
                 replies so far are in the cache.
         """
+        if self.local is not None:
+            yield from self._judge_here(candidates)
+            return
         if not offline:
             self.check_key()
         if offline or self.max_cost is not None:  # what earlier runs left is counted before the first call
             candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-        failures = BatchFailures(self, candidates) if offline else None
-        spent = 0.0 if self.max_cost is None else self.estimate(candidates).paid
         try:
-            yield from self._run(candidates, spent, failures)
+            yield from self._run(candidates, offline)
         finally:
             self.cache.close()
 
@@ -182,8 +170,9 @@ class PairwiseJudge(JudgeSettings):
         return {**self.prompt.defaults, **own, **format, "max_tokens": self.max_tokens}
 
     def check_key(self) -> None:
-        """Raise a [`UserError`] if the API key is missing."""
-        api_key(self.key_variable, self.base_url)
+        """Raise a [`UserError`] if the API key of a server is missing."""
+        if self.local is None:
+            api_key(self.key_variable, self.base_url)
 
     def estimate(self, candidates: Iterable[Mapping[str, Any]]) -> Estimate:
         """Estimate what judging `candidates` will take."""
@@ -247,19 +236,27 @@ class PairwiseJudge(JudgeSettings):
             read=self.prompt.read,
         )
 
-    def _run(
-        self, candidates: Iterable[Mapping[str, Any]], spent: float, failures: "BatchFailures | None"
-    ) -> Iterator[dict[str, Any]]:
+    def _judge_here(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the judgements of a judge in this process."""
+        for pair, requests in self.requests(candidates):
+            asked = []
+            for call in requests:
+                scores = tuple(map(float, self.local(pair | {"answers": [pair["answers"][n] for n in call.tag]})))
+                asked.append((call, Outcome(Reading(scores, winner(scores)), None, [], cached=False)))
+            yield self._judgement(pair, asked)
+
+    def _run(self, candidates: Iterable[Mapping[str, Any]], offline: bool) -> Iterator[dict[str, Any]]:
         """Yield judgements in the order of the pairs, and raise an error after all that are finished."""
+        spent = 0.0 if self.max_cost is None else self.estimate(candidates).paid
         client = Client(
-            self.model, self, base_url=self.base_url, cache=self.cache, offline=failures is not None, advice=_ADVICE,
-            budget=Budget(self.prices, self.max_cost, spent),
-            http_client=self.http_client if self.local is None else _local_client(self.local),
+            self.model, self, base_url=self.base_url, cache=self.cache, offline=offline, advice=_ADVICE,
+            budget=Budget(self.prices, self.max_cost, spent), http_client=self.http_client,
         )  # fmt: skip
         self.events = client.events
+        fields, refused = self.batch_failures(candidates) if offline else (AcceptedFields(), {})
         queue: deque[tuple[dict[str, Any], list[Call]]] = deque()  # pairs that are not judged yet, with their calls
         outcomes: dict[Call, Outcome] = {}
-        missing: set[str] = set()  # keys of calls without a result
+        missing: dict[str, CallError] = {}  # of calls without a result
         is_read = False  # any reply
 
         def calls() -> Iterator[Call]:
@@ -275,17 +272,29 @@ class PairwiseJudge(JudgeSettings):
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
             is_read = is_read or outcome.reading is not None
-            if failures and outcome.reason == "request_failed":
-                if error := failures.refused.get(call.key):
-                    outcome.detail = error.detail
-                else:
-                    missing.add(call.key)
+            if offline and outcome.reason == "request_failed" and call.key not in refused:
+                missing[call.key] = outcome.error
             yield from finished()
         yield from finished()
         if missing:
-            raise failures.missing_results(missing, client)
-        if failures and failures.refused and not is_read:
-            raise failures.refused_twice()
+            raise _missing_results(missing.values(), fields, client)
+        if refused and not is_read:
+            raise UserError(client.explain(next(iter(refused.values()))))
+
+    def batch_failures(self, candidates: Iterable[Mapping[str, Any]]) -> tuple[AcceptedFields, dict[str, CallError]]:
+        """
+        Return what the failed results of the Batch API say about the requests for these candidates: the fields that
+        the server accepts, and by key the errors of requests that it refused for another reason than a field.
+        """
+        fields, refused, failures = AcceptedFields(), {}, self.cache.failures
+        requests = self.requests(candidates) if failures else ()
+        for call in chain.from_iterable(calls for _, calls in requests):
+            for error, without in failures.get(call.key, ()):
+                if not fields.learn(error, self.parameters.keys() - without) and error.action == "drop":
+                    refused[call.key] = error
+        if "max_tokens" in fields.refused:  # such models refuse a temperature, too; a file to learn that takes a day
+            fields.refused.add("temperature")
+        return fields, refused
 
     def _judgement(self, pair: dict[str, Any], asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
         """Return one line of `judgements.jsonl` from the outcome of each order; there is none without requests."""
@@ -295,22 +304,15 @@ class PairwiseJudge(JudgeSettings):
         scores, dropped = self._decide(orders, [outcome.reason for _, outcome in asked])
         if not asked:
             dropped = "tie" if pair["answers"][0] == pair["answers"][1] else pair.get("dropped", "image_unreadable")
-        texts = (pair["question"], *pair["answers"])
         return pair | {
             "scores": scores,
             "verdict": None if dropped else orders[0]["verdict"],
             "dropped": dropped,
             "orders": orders,
-            "cut": any(len(text) > MAX_CHARS for text in texts),
-            "neutralised": self._is_neutralised(texts),
+            "cut": any(len(text) > MAX_CHARS for text in (pair["question"], *pair["answers"])),
             "model": self.model,
             "prompt_version": self.prompt.name,
         }
-
-    def _is_neutralised(self, texts: tuple[str, ...]) -> bool:
-        """Return whether the prompt changes the question or an answer, apart from its length."""
-        shown = self.prompt.shown and self.prompt.shown(self.prompt.messages(texts[0], texts[1:], [], [], []))
-        return shown is not None and shown != tuple(map(fit, texts))
 
     def _order(self, call: Call, outcome: Outcome) -> dict[str, Any]:
         """Return the outcome of one order, with scores and verdict by answer instead of by position."""
@@ -348,81 +350,18 @@ class PairwiseJudge(JudgeSettings):
         return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
 
 
-class BatchFailures:
-    """
-    What the failed results of the Batch API say about a judge's requests.
-
-    Args:
-        judge ([`PairwiseJudge`]):
-            The judge, with the results in its cache.
-        candidates (sized iterable of `dict`):
-            What it judges. Failures of other requests, perhaps to another model, do not count.
-
-    Attributes:
-        fields ([`AcceptedFields`]):
-            The fields that the server takes.
-        errors (`dict[str, CallError]`):
-            The last error of each request by its key.
-        refused (`dict[str, CallError]`):
-            Those of requests that the server refused twice for the same reason: another file would not help.
-    """
-
-    def __init__(self, judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]):
-        self.fields, self.errors, self.refused = AcceptedFields(), {}, {}
-        if not judge.cache.failures:
-            return
-        keys = {request.key for _, requests in judge.requests(candidates) for request in requests}
-        failures, reasons = [item for item in judge.cache.failures.values() if item[1] in keys], set()
-        for _, items in groupby(failures, key=itemgetter(0)):
-            sent = self.fields.apply(judge.parameters)  # each file has what those before it taught
-            for _, key, error in items:
-                reason = key, re.sub(r"\w*\d\w*", "", error.detail)  # without ids
-                is_final = not self.fields.learn(error, sent) and error.action == "drop" and reason in reasons
-                if is_final and not judge.cache.attempts(key):
-                    self.refused[key] = error
-                self.errors[key] = error
-                reasons.add(reason)
-            # Models that refuse max_tokens refuse a temperature, too; a file to learn that takes up to a day.
-            self.fields.no_temperature |= self.fields.renamed
-
-    def missing_results(self, keys: Collection[str], client: Client) -> UserError:
-        """Return the error for requests without a result."""
-        errors = [self.errors[key] for key in keys if key in self.errors]
-        reasons = Counter(error.detail.rstrip(".") for error in errors)
-        reasons["not in these files"] += len(keys) - len(errors)
-        listed = "; ".join(f"{number_of(number, 'time')}: {reason}" for reason, number in (+reasons).most_common(5))
-        steps = dict.fromkeys(f"{client.explain(error)} " for error in errors if error.action == "stop")
-        changes = f", which {self.fields}" if str(self.fields) else ""
-        calls = f"{len(keys):,} calls have" if len(keys) > 1 else "1 call has"
-        return UserError(
-            f"{calls} no result yet ({listed}). {''.join(steps)}All replies are kept. Write the missing requests with "
-            f"--write_batch{changes}, or send them live by leaving out --read_batch."
-        )
-
-    def refused_twice(self) -> UserError:
-        """Return the error if the server has replied to no request, and refused the remaining ones."""
-        reason = Counter(error.detail for error in self.refused.values()).most_common(1)[0][0]
-        return UserError(
-            f"The server refused {number_of(len(self.refused), 'request')} twice: {reason.rstrip('.')}. Another "
-            "file would not help. Change the setting that it names (such as --max_tokens or --image_size), or choose "
-            "another --model. Or send the requests live by leaving out --write_batch and --read_batch."
-        )
-
-
 def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:
     return [scores[shown.index(answer)] for answer in (0, 1)]
 
 
-def _local_client(judge: Callable[[dict[str, Any]], str]) -> Any:
-    """Return an HTTP client whose requests a function answers. Tokens are counted in words."""
-    from httpx2 import AsyncClient, MockTransport, Response
-
-    async def respond(request: Any) -> Response:
-        body = json.loads(request.content)
-        reply = await asyncio.to_thread(judge, body)
-        words = sum(len(str(message["content"]).split()) for message in body["messages"])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
-        usage = {"prompt_tokens": words, "completion_tokens": len(reply.split())}
-        return Response(200, json={"choices": [choice], "usage": usage})
-
-    return AsyncClient(transport=MockTransport(respond))
+def _missing_results(errors: Collection[CallError], fields: AcceptedFields, client: Client) -> UserError:
+    """Return the error for requests without a result of the Batch API."""
+    reasons = Counter(error.detail.rstrip(".") for error in errors)
+    listed = "; ".join(f"{number_of(number, 'time')}: {reason}" for reason, number in reasons.most_common(5))
+    steps = dict.fromkeys(f"{client.explain(error)} " for error in errors if error.action == "stop")
+    changes = f", which leaves out {', '.join(sorted(fields.refused))}" if fields.refused else ""
+    calls = f"{len(errors):,} calls have" if len(errors) > 1 else "1 call has"
+    return UserError(
+        f"{calls} no result yet ({listed}). {''.join(steps)}All replies are kept. Write the missing requests with "
+        f"--write_batch{changes}, or send them live by leaving out --read_batch."
+    )

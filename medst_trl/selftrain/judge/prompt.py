@@ -83,10 +83,6 @@ class JudgePrompt:
             The field of that name in the request.
         defaults (`dict`, *optional*):
             More fields of the request, such as `{"reasoning_effort": "low"}`. The judge's settings win over them.
-        shown (`Callable`, *optional*):
-            Takes messages, returns `(question, answer_1, answer_2)`, or `None` if they are not of this prompt.
-        write (`Callable`, *optional*):
-            `write(scores, comment)` returns a reply. A prompt with `shown` and `write` works with the oracle judge.
     """
 
     name: str
@@ -98,8 +94,6 @@ class JudgePrompt:
     uses: frozenset[str] = frozenset()
     response_format: Mapping[str, Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    shown: Callable[[Sequence[Mapping[str, Any]]], tuple[str, str, str] | None] | None = None
-    write: Callable[[Sequence[float], str], str] | None = None
 
 
 JUDGE_PROMPTS: Registry[JudgePrompt] = Registry(
@@ -121,12 +115,6 @@ def user_message(image_urls: Sequence[str], text: str) -> dict[str, Any]:
     return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 
-def user_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of the first user message."""
-    content = next(message["content"] for message in messages if message["role"] == "user")
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
-def winner(scores: tuple[float, float]) -> Literal[0, 1, "tie"]:
+def winner(scores: Sequence[float]) -> Literal[0, 1, "tie"]:
     """Return the position of the higher score."""
     return "tie" if scores[0] == scores[1] else int(scores[1] > scores[0])

@@ -3,17 +3,23 @@
 """Settings of a judge, and local judges, which `medst judge` runs itself."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from medst_trl.base.errors import UserError
 from medst_trl.base.registry import Registry
-from medst_trl.base.settings import documented
+from medst_trl.base.settings import check_bounds, check_choice, check_url, documented
 from medst_trl.engines.calls import CallSettings
+
+from .prompt import JUDGE_PROMPTS
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+ORDERS = {"both": ((0, 1), (1, 0)), "single": ((0, 1),)}
+_AT_LEAST = {"image_size": 16, "max_tokens": 8, "min_margin": 0, "temperature": 0}
 
 
 @documented
@@ -59,6 +65,16 @@ class JudgeSettings(CallSettings):
     cache_dir: str | None = None
     max_cost: float | None = None
 
+    def check_judge(self) -> None:
+        """Raise a `UserError` for settings that cannot work."""
+        if not self.model:
+            raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
+        check_url("base_url", self.base_url)
+        check_choice("order", self.order, ORDERS)
+        JUDGE_PROMPTS.get(self.prompt_version)
+        check_bounds(self, at_least=_AT_LEAST)
+        self.check_calls(self.model)
+
 
 class LocalJudge(ABC):
     """
@@ -96,11 +112,9 @@ class LocalJudge(ABC):
             return f"coin-{self.coin_seed}"
 
         def open(self, args, candidates):
-            prompt = JUDGE_PROMPTS.get(args.prompt_version)
-
-            def judge(body):
-                coin = random.Random(f"{self.coin_seed} {json.dumps(body, sort_keys=True)}")
-                return prompt.write((coin.choice((1, 10)), 5), "I tossed a coin.")
+            def judge(pair):
+                coin = random.Random(f"{self.coin_seed} {pair['question']} {pair['answers']}")
+                return coin.choice((1, 10)), 5
 
             return judge
 
@@ -119,13 +133,13 @@ class LocalJudge(ABC):
 
     @abstractmethod
     def model_name(self, args: Any) -> str:
-        """Return the name of the judge. Replies are cached by it, so it must contain everything that decides them."""
+        """Return the name of the judge, for its judgements."""
 
     @abstractmethod
-    def open(self, args: Any, candidates: "Dataset") -> Callable[[dict[str, Any]], str]:
+    def open(self, args: Any, candidates: "Dataset") -> Callable[[Mapping[str, Any]], Sequence[float]]:
         """
-        Return the judge: a function that takes the body of a request and returns the text of the reply. Several
-        threads call it, in any order.
+        Return the judge: a function that takes a pair with the first keys of a judgement (`id`, `candidate`,
+        `image_ids`, `question` and two `answers` in the order in which they are shown), and returns two scores.
 
         Args:
             args (dataclass): Arguments of the stage.

@@ -20,11 +20,6 @@ _ADVICE = {
     "tie": "The judge sees no difference: generate answers at a higher temperature, or from more images.",
     "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
     "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
-    "unparsable": "The judge's replies could not be read: choose a stronger judge, or raise --max_tokens. If you have "
-    "repaired its server, run the same command again: it asks for unreadable replies anew.",
-    "content_filter": "The judge refuses the content: choose another judge (--model).",
-    "image_refused": "The judge refuses the images: choose a judge that accepts images (--model).",
-    "request_failed": "Calls to the judge failed: check its server, and run the same command again.",
     "image_in_benchmark": "The images are part of a benchmark: generate from others.",
     "near_copy_in_benchmark": "The images are copies of those of a benchmark: generate from others.",
     "group_in_benchmark": "The patients (or other groups) are part of a benchmark: generate from others.",
@@ -51,7 +46,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         - `longer_wins`: of judged pairs of unequal length, the share in which the longer answer wins
         - `unequal_lengths`: number of those pairs
         - `mean_margin`: difference between the scores, mean over judged pairs
-        - `cut`, `neutralised`: pairs with a text that was cut, or whose marks were neutralised
+        - `cut`: pairs with a text that was cut
         - `usage`: number of requests with their tokens and cost in dollars, for all (`all`) and for those that this
           run sent (`this_run`). A request counts once, however many pairs share it. The cost includes calls without
           a reply, which may have been charged, too.
@@ -61,7 +56,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
     counts, dropped, margins, gaps = Counter(), Counter(), [], []
     requests: dict[str, dict[str, Any]] = {}
     for judgement in judgements:
-        counts.update(pairs=1, cut=bool(judgement.get("cut")), neutralised=bool(judgement.get("neutralised")))
+        counts.update(pairs=1, cut=bool(judgement.get("cut")))
         read = [order for order in judgement["orders"] if order["verdict"] is not None]
         decided = [order for order in read if order["verdict"] != "tie"]
         counts.update(read=len(read), ties=len(read) - len(decided), decided=len(decided))
@@ -91,7 +86,6 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         "unequal_lengths": len(unequal),
         "mean_margin": _share(sum(margins), len(margins)),
         "cut": counts["cut"],
-        "neutralised": counts["neutralised"],
         "usage": {
             "all": _usage(list(requests.values()), prices),
             "this_run": _usage([request for request in requests.values() if not request["cached"]], prices),
@@ -153,7 +147,7 @@ def format_statistics(statistics: Mapping[str, Any], left_out: Mapping[str, int]
         ("longer answer wins", _percent(statistics["longer_wins"])),
         ("length gap (words)", "-" if gap is None else f"{gap:+.1f}"),
         ("score margin", "-" if margin is None else f"{margin:.2f}"),
-        *((name, f"{statistics[name]:,}") for name in ("cut", "neutralised") if statistics[name]),
+        *([("cut", f"{statistics['cut']:,}")] if statistics["cut"] else []),
         ("replies (this run)", f"{usage['all']['replies']:,} ({usage['this_run']['replies']:,})"),
         ("tokens in, out", f"{usage['all']['prompt_tokens']:,}, {usage['all']['completion_tokens']:,}"),
     ]

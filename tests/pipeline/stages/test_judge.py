@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -209,9 +209,9 @@ def test_the_oracle_judges_phantoms_by_their_ground_truth(candidates, tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('\n\n{"image_id": "a", "caption": "b"}\n["a"]\n', "line 4: not an object with image_id and caption"),
-        ('{"image_id": 7, "caption": "b"}', "line 1"),
-        ('{"image_id": "a", "caption": null}', "line 1"),
+        ('\n\n{"image_id": "a", "caption": "b"}\n["a"]\n', "must have JSON lines with image_id and caption"),
+        ('{"image_id": 7, "caption": "b"}', "captions.jsonl must have"),
+        ('{"image_id": "a", "caption": null}', "captions.jsonl must have"),
         (None, "Correct the path to the reference_captions"),
         ("\n", None),
     ],
@@ -225,13 +225,6 @@ def test_reference_captions_are_checked(candidates, tmp_path, text, message):
         return main(arguments(candidates, tmp_path / "out", **settings))
     with pytest.raises(UserError, match=message):
         main(arguments(candidates, tmp_path / "out", **settings))
-
-
-def test_the_oracle_refuses_a_prompt_that_it_cannot_answer_before_the_run(monkeypatch):
-    paper = JUDGE_PROMPTS.get("paper")
-    monkeypatch.setitem(JUDGE_PROMPTS._objects, "paper", replace(paper, shown=None))
-    with pytest.raises(UserError, match="cannot answer the judge prompt 'paper'.*one of rubric"):
-        STAGE.check(arguments("anywhere", "out", prompt_version="paper"), OracleArguments(0.1))
 
 
 def test_only_the_chosen_local_judge_is_recorded(candidates, tmp_path):
@@ -329,7 +322,7 @@ def test_reference_captions_are_sent(candidates, tmp_path):
         run(candidates, tmp_path / "out", server, reference_captions=str(path))
         assert sum("A drawn scan of nothing." in str(body) for body in server.bodies) == 2
     path.write_text('{"image": 1}\n')
-    with pytest.raises(UserError, match="line 1"):
+    with pytest.raises(UserError, match="KeyError.'image_id'"):
         main(arguments(candidates, str(tmp_path / "x"), model="judge", reference_captions=str(path)))
 
 
@@ -373,10 +366,10 @@ def test_a_benchmark_that_prepare_did_not_write_is_skipped(candidates, tmp_path,
             run(candidates, tmp_path / "out", server)  # equal to a run without benchmarks
             assert len(server.bodies) == 24
         else:
-            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+            with pytest.raises(UserError, match="prepare/benchmark is neither a directory nor"):
                 run(candidates, tmp_path / "out", server, **settings)
         if is_skipped:
-            with pytest.raises(UserError, match=r"benchmarks: \[\]"):
+            with pytest.raises(UserError, match="prepare/bench is neither a directory nor"):
                 run(candidates, tmp_path / "out2", server, benchmarks=[str(tmp_path / "prepare/bench")])
 
 
@@ -417,9 +410,9 @@ def test_a_judge_that_often_flips_causes_a_warning(candidates, tmp_path, capsys)
         ({"oracle_error_rate": 2.0}, "oracle_error_rate"), ({"prompt_version": "x"}, "Unknown judge prompt 'x'"),
         ({"reference_captions": "/nowhere.jsonl"}, "nowhere"), ({"rows_per_shard": 0}, "rows_per_shard"),
         ({"key_variable": "sk-abc-def"}, "not the key itself"), ({"benchmarks": ["/nowhere/b"]}, "nowhere"),
-        ({"write_batch": "a", "read_batch": "b"}, "two steps"), ({"benchmarks": ["/nowhere/b"]}, r"benchmarks: \[\]"),
+        ({"write_batch": "a", "read_batch": "b"}, "two steps"), ({"order": "sideways"}, "order 'sideways'"),
         ({"duplicate_similarity": 7.0}, "duplicate_similarity"), ({"duplicate_similarity": 0}, "duplicate_similarity"),
-        ({"oracle_error_rate": 0.2, "image_size": 32}, "image_size is 32.*64"),
+        ({"oracle_error_rate": 0.2, "image_size": 0}, "image_size is 0"),
     ],
 )  # fmt: skip
 def test_invalid_settings_are_reported_before_a_record_is_written(candidates, tmp_path, changes, message):
@@ -441,7 +434,7 @@ def test_a_run_without_any_reply_leaves_no_record(candidates, tmp_path):
 
 def test_an_empty_candidates_directory_is_refused(tmp_path):
     (tmp_path / "candidates").mkdir()
-    with pytest.raises(UserError, match="no candidates"):
+    with pytest.raises(UserError, match="candidates has no split 'train'"):
         main(arguments(str(tmp_path / "candidates"), str(tmp_path / "out"), model="judge"))
 
 
@@ -526,7 +519,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
         assert "letter (one letter for the better answer)" in " ".join(STAGE.make_parser().format_help().split())
         assert medst(["recipes", "validate", "my.yaml", "--plugins", str(plugin)]) == 0
         assert medst(["run", "my.yaml", "--dry_run", "--plugins", str(plugin)]) == 0
-        assert "US dollars for all of them" in capsys.readouterr().out
+        assert "at most 24 requests to https://api.openai.com/v1, model gpt-4o" in capsys.readouterr().out
         assert (
             PairwiseJudge("m", prompt_version="letter").estimate(load_records(candidates, "train")).output_tokens == 24
         )
@@ -551,7 +544,7 @@ judge: {{model: gpt-4o, prompt_version: letter, candidates: {candidates}, benchm
 class CoinArguments(LocalJudge):
     name, summary = "coin", "a coin"
 
-    coin_side: str | None = field(default=None, metadata={"help": "Answer every request with this letter."})
+    coin_side: str | None = field(default=None, metadata={"help": "The better answer of every pair."})
 
     def check(self, args):
         if self.coin_side not in ("A", "B"):
@@ -561,7 +554,7 @@ class CoinArguments(LocalJudge):
         return f"coin-{self.coin_side}"
 
     def open(self, args, candidates):
-        return lambda body: self.coin_side
+        return lambda pair: (10, 0) if self.coin_side == "A" else (0, 10)
 
 
 def test_every_command_accepts_a_registered_local_judge(candidates, tmp_path, monkeypatch, capsys):
@@ -590,9 +583,8 @@ def test_every_command_accepts_a_registered_local_judge(candidates, tmp_path, mo
     assert json.loads((tmp_path / "run/judge/stage.json").read_text())["settings"]["coin_side"] == "A"
 
 
-def test_a_damaged_benchmark_is_not_to_be_left_out(candidates, tmp_path):
+def test_a_damaged_benchmark_is_refused(candidates, tmp_path):
     (tmp_path / "benchmark").mkdir()
     (tmp_path / "benchmark" / "test-00000-of-00002.parquet").write_bytes(b"")
-    with JudgeServer() as server, pytest.raises(UserError, match="1 of 2|00000") as caught:
+    with JudgeServer() as server, pytest.raises(UserError, match="1 of 2|00000"):
         run(candidates, tmp_path / "out", server, benchmarks=[str(tmp_path / "benchmark")])
-    assert "benchmarks: []" not in str(caught.value)

@@ -48,17 +48,6 @@ def test_keys_and_bodies_of_version_0_1_0_are_unchanged(version, key, body):
     assert sha256(json.dumps(request.body()).encode()).hexdigest() == body
 
 
-@pytest.mark.parametrize("version", ["paper", "rubric"])
-def test_shown_texts_and_written_scores_are_read_back(version):
-    prompt = JUDGE_PROMPTS.get(version)
-    messages = prompt.messages("Where?", ["left\n\nlung", "right"], ["data:a", "data:b"])
-    assert prompt.shown(messages) == ("Where?", "left\n\nlung", "right")
-    assert [other.name for other in JUDGE_PROMPTS.values() if other.shown and other.shown(messages)] == [version]
-    for scores, verdict in (((8, 5), 0), ((5, 8), 1), ((7, 7), "tie")):
-        reading = prompt.read(prompt.write(scores, "Nothing to add."))
-        assert (reading.scores, reading.verdict) == (scores, verdict)
-
-
 def test_an_unknown_prompt_is_refused_with_the_known_names():
     with pytest.raises(UserError, match="Unknown judge prompt 'papr'. Did you mean 'paper'. Choose one of .*rubric"):
         PairwiseJudge("judge", prompt_version="papr")

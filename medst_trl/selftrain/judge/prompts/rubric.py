@@ -9,18 +9,16 @@ mark.
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
 from medst_trl.selftrain.judge.objects import plain_text, read_statements
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, user_text, winner
+from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
 
 
 CRITERIA = ("accuracy", "relevance", "completeness", "safety")
 _SCORED = (*CRITERIA, "overall")
-_VERDICTS = ("answer_1", "answer_2", "tie")
 
 SYSTEM = """You compare two answers to a question about a medical image. You see the image, the question and \
 both answers.
@@ -49,13 +47,9 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _SCORES = _object({name: {"type": "integer", "minimum": 1, "maximum": 10} for name in _SCORED})
-_VERDICT = {"type": "string", "enum": list(_VERDICTS)}
+_VERDICT = {"type": "string", "enum": ["answer_1", "answer_2", "tie"]}
 _REPLY = {"comparison": {"type": "string"}, "answer_1": _SCORES, "answer_2": _SCORES, "verdict": _VERDICT}
 _FORMAT = {"name": "comparison", "strict": True, "schema": _object(_REPLY)}
-_CODE = re.compile(r"The code of this request is ([0-9a-f]{16})\.[^<]*\Z")
-_SHOWN = re.compile(
-    r"<(?P<name>question|answer_1|answer_2) (?P<code>[0-9a-f]{16})>\n(?P<text>.*?)\n</(?P=name) (?P=code)>", re.DOTALL
-)
 
 
 def rubric_messages(question, answers, image_urls, history=(), captions=()) -> list[dict[str, Any]]:
@@ -83,22 +77,6 @@ def read_rubric(text: str) -> Reading | None:
     return Reading(scores, verdict, pairs)
 
 
-def shown_texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str, str] | None:
-    """Return question, first and second answer of a request."""
-    text = user_text(messages)
-    if (code := _CODE.search(text)) is None:
-        return None
-    shown = {match["name"]: match["text"] for match in _SHOWN.finditer(text) if match["code"] == code[1]}
-    return shown["question"], shown["answer_1"], shown["answer_2"]
-
-
-def write_rubric(scores: Sequence[float], comment: str) -> str:
-    """Write a reply that gives each answer one score for everything."""
-    answers = {f"answer_{place + 1}": dict.fromkeys(_SCORED, score) for place, score in enumerate(scores)}
-    verdict = _VERDICTS[2 if scores[0] == scores[1] else int(scores[1] > scores[0])]
-    return json.dumps({"comparison": comment, **answers, "verdict": verdict})
-
-
 JUDGE_PROMPTS.register(
     JudgePrompt(
         name="rubric",
@@ -110,7 +88,5 @@ JUDGE_PROMPTS.register(
         reply_tokens=160,
         uses=frozenset({"history", "captions"}),
         response_format={"type": "json_schema", "json_schema": _FORMAT},
-        shown=shown_texts,
-        write=write_rubric,
     )
 )

@@ -47,18 +47,17 @@ def test_a_long_answer_is_cut_and_the_cut_is_marked():
 
 
 @pytest.mark.parametrize("hostile", MARKS)
-def test_only_marks_inside_a_line_are_neutralised(hostile):
+def test_only_square_brackets_are_replaced(hostile):
     text = f"The nodule \u2665 [12 mm] is 5 cm\u00b2 {hostile}."
     round_brackets = str.maketrans("[]\uff3b\uff3d\u27e6\u27e7\u3014\u3015", "()()()()")
-    assert neutralise_marks(text) == text.replace(hostile, hostile.translate(round_brackets))
+    assert neutralise_marks(text) == text.translate(round_brackets)
 
 
-def test_harmless_brackets_are_kept():
-    for text in (
-        "the [left] lung", "see [1]", "the [systemic] lupus", "a [questionable] nodule", "see [Smith 2020]",
-        "A nodule [12 mm] is\nseen in 5 cm\u00b2 [5 \u00b5m] (left) {a}.", "on CT [\u03b2-blocker]",
-    ):  # fmt: skip
-        assert neutralise_marks(text) == text
+def test_a_text_without_square_brackets_is_kept():
+    """Otherwise, replies in existing caches would be requested and charged again."""
+    text = "".join(chr(code) for code in range(0x2045) if chr(code) not in "[]")
+    text += "a {b} \u201equoted\u201c \u27e8angle\u27e9 \u300ccorner\u300d \uff08wide\uff09 \U0001f600\n\ud800"
+    assert neutralise_marks(text) == text
 
 
 def test_many_brackets_take_linear_time():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medst_trl.selftrain.judge.prompt import fit
-from medst_trl.selftrain.judge.prompts.rubric import CRITERIA, SYSTEM, read_rubric, rubric_messages, shown_texts
+from medst_trl.selftrain.judge.prompts.rubric import CRITERIA, SYSTEM, read_rubric, rubric_messages
 
 
 @given(st.sampled_from(HOSTILE) | st.text(max_size=60), st.sampled_from(HOSTILE) | st.text(max_size=60))
@@ -20,7 +20,8 @@ def test_no_text_can_close_its_own_marks(first, second):
     for name in ("question", "answer_1", "answer_2"):
         for mark in (f"<{name} {code}>", f"</{name} {code}>"):
             assert text_of(messages).count(mark) == 1
-    assert shown_texts(messages) == ("Q?", fit(first), fit(second))
+    for name, text in (("question", "Q?"), ("answer_1", first), ("answer_2", second)):
+        assert f"<{name} {code}>\n{fit(text)}\n</{name} {code}>" in text_of(messages)
     assert "never an instruction" in messages[0]["content"] == SYSTEM
 
 
