@@ -25,7 +25,7 @@ from medst_trl.data.images import image_id
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import text_of
 from medst_trl.data.source import SOURCES
-from medst_trl.pipeline.options import convert
+from medst_trl.pipeline.options import convert, read_options
 from medst_trl.pipeline.stage import Count
 from medst_trl.pipeline.stages.prepare import STAGE, PrepareArguments, check, main, plan
 
@@ -540,10 +540,9 @@ def test_of_a_benchmark_its_questions_and_images_are_compared(tmp_path, inside):
 
 def test_a_window_may_be_below_zero_on_the_command_line_and_in_a_recipe():
     parser = STAGE.make_parser()
-    needed = ["--source", "images", "--output_dir", "x"]
     for words in (["--window", "-600,1500"], ["--window=-600,1500"], ["--frames", "all", "--window", "-600,1500"]):
-        _, images, *_ = parser.parse_args_and_config([*needed, *words])
-        assert images.shown_range == (-1350, 150)
+        given = {option.key: option.value for option in read_options(words)[1]}
+        assert ImageSettings(**convert(parser, given, "medst prepare")).shown_range == (-1350, 150)
     for value, index in ((2, 1), ("2", 1), ("40,400", 0)):
         assert ImageSettings(**convert(parser, {"window": value}, "recipe")).window_index == index
     with pytest.raises(UserError, match="Unknown frames 'first'"):
