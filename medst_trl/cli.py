@@ -45,7 +45,7 @@ from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import as_count, convert, parse, read_options, take
+from medst_trl.pipeline.options import Option, as_count, convert, parse, read_options, take
 from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
 from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 from medst_trl.pipeline.record import RUN_VARIABLE
@@ -152,18 +152,15 @@ def run_recipe(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_recipe))
         return 0
-    words, options = read_options(argv)
-    which, options = take(options, "stage")
+    source, which, options = _read_command("medst run", argv)
     is_plan, options = take(options, "dry_run", is_flag=True)
-    if len(words) != 1:
-        raise UserError(f"medst run takes one recipe, not {len(words)}. See `medst run --help`.")
     if launch.is_launched():
-        raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {words[0]}")
+        raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {source}")
     if is_plan:
         from medst_trl.pipeline.plan.plan import print_plan
 
-        return print_plan(words[0], options, which)
-    recipe = read_recipe(words[0], options)
+        return print_plan(source, options, which)
+    recipe = read_recipe(source, options)
     steps = recipe.steps(which, check=_check)
     for note in recipe.unused_options(steps):
         print(f"Note: {note}", file=sys.stderr)
@@ -175,6 +172,15 @@ def run_recipe(argv: list[str]) -> int | None:
         width = max(len(step.label) for step in steps) + 2
         print(*(f"  {step.label:<{width}}{step.settings['output_dir']}" for step in steps), sep="\n")
     return code
+
+
+def _read_command(command: str, argv: Sequence[str]) -> tuple[str, str | None, list[Option]]:
+    """The recipe, the stage and the other options of a command line."""
+    words, options = read_options(argv)
+    if len(words) != 1:
+        raise UserError(f"{command} takes one recipe, not {len(words)}. See `{command} --help`.")
+    which, options = take(options, "stage")
+    return words[0], which, options
 
 
 def _check(step: Step) -> None:
@@ -238,14 +244,11 @@ def run_launched(argv: list[str]) -> int | None:
     if not argv or {"-h", "--help"} & set(argv):
         print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
         return 0
-    words, options = read_options(argv)
-    which, options = take(options, "stage")
-    if len(words) != 1:
-        raise UserError("Give one recipe, for example: accelerate launch -m medst_trl recipes/demo.yaml --stage sft")
+    source, which, options = _read_command("python -m medst_trl", argv)
     if take(options, "dry_run", is_flag=True)[0]:
-        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {words[0]} --dry_run`.")
-    steps = read_recipe(words[0], options).steps(which)
-    _check_launch(steps, words[0])
+        raise UserError(f"--dry_run does not run under a launcher. Use `medst run {source} --dry_run`.")
+    steps = read_recipe(source, options).steps(which)
+    _check_launch(steps, source)
     for step in steps:
         _run(step)
     leave_peers()

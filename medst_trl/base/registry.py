@@ -137,7 +137,7 @@ class Registry(Generic[_T]):
             raise
 
 
-def plugin_files() -> list[str]:
+def _plugin_files() -> list[str]:
     """Paths of the plugin files that this process and its children import."""
     return [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
 
@@ -148,18 +148,12 @@ def add_plugins(argv: Sequence[str]) -> list[str]:
 
     Returns:
         The rest of the command line.
-
-    Raises:
-        UserError: if a file does not exist.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plugins", action="append", nargs="?", const="", default=[])
+    parser = ArgumentParser("medst", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugins", action="append", metavar="FILE", default=[])
     given, rest = parser.parse_known_args(argv)
-    for path in map(Path, given.plugins):
-        if not path.is_file():
-            raise UserError(f"--plugins: file not found: {path}. --plugins takes a file that registers your objects.")
     if files := [str(Path(path).resolve()) for path in given.plugins]:
-        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*plugin_files(), *files]))
+        os.environ[PLUGINS_VARIABLE] = os.pathsep.join(dict.fromkeys([*_plugin_files(), *files]))
     return rest
 
 
@@ -172,7 +166,7 @@ def load_plugins() -> None:
     """
     for entry_point in entry_points(group=PLUGINS_GROUP):
         _load_plugin(entry_point.value, entry_point.load)
-    for path in plugin_files():
+    for path in _plugin_files():
         _load_plugin(path, lambda path=path: _import_file(path))
 
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from medst_trl.base.errors import UserError, closest
+from medst_trl.base.errors import UserError
 from medst_trl.base.redaction import is_private_key
 from medst_trl.base.registry import Registry
 
@@ -369,16 +369,13 @@ class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
 
 def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
     """Put each stage directly after the last of those before it."""
-    names, ordered, waiting = [stage.name for stage in stages], [], list(stages)
-    for stage in stages:
-        for name in stage.after:
-            if name not in names:
-                raise UserError(f"Stage {stage.name!r} comes after an unknown one, {name!r}.{closest(name, names)}")
+    ordered, waiting = [], list(stages)
     while waiting:
         placed = [stage.name for stage in ordered]
         stage = next((stage for stage in waiting if set(stage.after) <= set(placed)), None)
         if stage is None:
-            raise UserError(f"Stages come after each other in a circle: {', '.join(stage.name for stage in waiting)}.")
+            names = ", ".join(f"{stage.name} (after {', '.join(stage.after)})" for stage in waiting)
+            raise UserError(f"These stages come after each other, or after unknown ones: {names}.")
         ordered.insert(max((placed.index(name) + 1 for name in stage.after), default=0), stage)
         waiting.remove(stage)
     return ordered

@@ -622,7 +622,7 @@ def test_without_a_launcher_all_stages_of_one_recipe_run_in_this_process(recipe,
     ran = []
     monkeypatch.setattr("medst_trl.cli._run", lambda step: ran.append(step.label))
     assert run_recipe(["mine.yaml"]) == 0 and ran == ["prepare", "evaluate"]
-    with pytest.raises(UserError, match="Give one recipe"):
+    with pytest.raises(UserError, match="python -m medst_trl takes one recipe, not 2."):
         run_recipe(["mine.yaml", "mine.yaml"])
 
 

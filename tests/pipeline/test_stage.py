@@ -161,9 +161,9 @@ def test_a_stage_with_the_name_of_another_command_is_refused(name):
 
 
 def test_unknown_and_circular_predecessors_are_refused():
-    with pytest.raises(UserError, match="'x' comes after an unknown one, 'sfft'. Did you mean 'sft'"):
+    with pytest.raises(UserError, match=r"or after unknown ones: x \(after sfft\)"):
         _in_pipeline_order([stage("sft"), stage("x", "sfft")])
-    with pytest.raises(UserError, match="in a circle: x, y"):
+    with pytest.raises(UserError, match=r"come after each other, .*: x \(after a, y\), y \(after x\)"):
         _in_pipeline_order([stage("a"), stage("x", "a", "y"), stage("y", "x")])
 
 
