@@ -138,7 +138,6 @@ def run_recipe(argv: list[str]) -> int | None:
       --accelerate_config CONFIG cpu, single_gpu, multi_gpu, zero2, zero3, fsdp2, or a path (default: automatic)
       --num_processes N          number of processes for the stages that can use several
       --dry_run                  print what the stages would train, download, prompt and upload, and run nothing
-      --throughput N             with --dry_run: examples per second, to estimate the time (--sft.throughput for sft)
       --plugins FILE             a Python file that registers your own stages, sources, ... (medst --help)
       --key value                a setting for every stage that has it; --output_dir is the run directory
       --STAGE.key value          a setting for one stage: --sft.learning_rate 1e-4, or sft.learning_rate=1e-4
@@ -337,7 +336,8 @@ def _recipes(argv: list[str]) -> int | None:
 
     `validate` checks a file or a packaged recipe and accepts the options of `medst run`. It checks keys and types,
     that inputs exist or are made by an earlier section, the columns of datasets, accelerate configurations, and the
-    batch size on 1, 4 and 8 processes or on the given number. It needs no GPU, no Hub and no weights.
+    batch size on the given number of processes. It needs no GPU, no Hub and no weights, and prints the part of
+    `medst run RECIPE --dry_run` that needs none of these.
     """
     match argv:
         case ["ls"]:
@@ -366,14 +366,13 @@ def _recipes(argv: list[str]) -> int | None:
 
 
 def _validate(argv: list[str]) -> int:
-    from medst_trl.pipeline.plan.validate import validate
+    from medst_trl.pipeline.plan.plan import print_plan
 
     words, options = read_options(argv)
     which, options = take(options, "stage")
     if len(words) != 1:
         raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
-    recipe = read_recipe(words[0], options)
-    print(*validate(recipe, which), f"{recipe.path} is valid.", sep="\n")
+    print_plan(words[0], options, which, with_models=False)
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 import torch
 from judge_server import JudgeServer
+from plan_rows import read_plan
 from recipe_data import write_source
 from recipe_models import CONFIGS, EXPECTED, PARAMETERS, config_directory, trainable_parameters
 from safetensors.torch import load_file
@@ -24,9 +25,9 @@ from medst_trl.cli import run_launched as run_recipe
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import Option
+from medst_trl.pipeline.plan.plan import print_plan
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import stage_arguments
-from medst_trl.pipeline.plan.validate import validate
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.recipe_files import packaged_recipes, summary
 
@@ -84,16 +85,18 @@ def test_the_header_describes_the_recipe_and_how_to_run_it(path):
 
 
 @each_recipe
-def test_a_recipe_is_valid_with_its_data(path, with_data):
-    lines = validate(read_recipe(with_data(path)))
-    assert len(lines) == len(read_recipe(path).steps())
+def test_a_recipe_is_valid_with_its_data(path, with_data, capsys):
+    path = with_data(path)
+    for number in ("1",) if "single_gpu" in path.read_text() else ("1", "4", "8"):
+        print_plan(path, [Option(None, "num_processes", number)], with_models=False)
+        assert [*read_plan(capsys.readouterr().out)][1:] == [step.label for step in read_recipe(path).steps()]
 
 
 @each_large_recipe
 def test_the_missing_files_of_a_recipe_are_reported(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        validate(read_recipe(path))
+        print_plan(path, [], with_models=False)
     for step in read_recipe(path).steps("prepare"):
         assert f"section {step.label}: data_path: {step.settings['data_path']} does not exist" in str(error.value)
 
@@ -141,7 +144,7 @@ def test_the_fine_tuned_recipe_differs_only_in_its_data():
     assert one == other
 
 
-def test_the_commented_convert_section_works(with_data, tmp_path):
+def test_the_commented_convert_section_works(with_data, tmp_path, capsys):
     """With the section uncommented, stage 1 starts from the converted checkpoint."""
     text = with_data(recipe("stllava_med_7b")).read_text()
     text, count = re.subn(r"^# (convert:)\n#(   source: .*)$", r"\1\n\2", text, flags=re.MULTILINE)
@@ -151,7 +154,8 @@ def test_the_commented_convert_section_works(with_data, tmp_path):
     steps = {step.label: step.settings for step in mine.steps()}
     assert next(iter(steps)) == "convert" and steps["convert"]["source"] == "ZachSun/sqllava-7B"
     assert steps["sft"]["model_name_or_path"] == steps["convert"]["output_dir"]
-    assert "ZachSun/sqllava-7B (Hub)" in validate(mine)[0]
+    print_plan(tmp_path / "mine.yaml", [], with_models=False)
+    assert read_plan(capsys.readouterr().out)["convert"]["reads"] == ["ZachSun/sqllava-7B (Hub)"]
 
 
 # Trained parameters and batches

@@ -93,9 +93,6 @@ class RowCounter(Protocol):
     def settings_behind(self, directory: str) -> Mapping[str, Any]:
         """The settings of the step that makes a dataset; empty if no step of the recipe does."""
 
-    def time(self, number: int | None, unit: str) -> Iterable[tuple[str, str]]:
-        """A row with the duration of the step for that number of units, if the user has given its throughput."""
-
 
 @dataclass(frozen=True)
 class Input:

@@ -52,7 +52,6 @@ def main(args):
 
 def plan(counter, args):
     yield "counts", f"{args.limit} of {counter.rows(args.pairs, 'train').of('pairs')}"
-    yield from counter.time(args.limit, "pairs")
 
 
 STAGE = STAGES.register(
@@ -120,14 +119,14 @@ def test_a_plugin_stage_is_validated_and_planned(toy, capsys):
     from medst_trl.cli import main
 
     assert main(["recipes", "validate", "mine.yaml"]) == 0
-    assert "toy    from judge\n" in capsys.readouterr().out
+    assert "\ntoy\n  reads       judge\n" in capsys.readouterr().out
     assert main(["recipes", "validate", "mine.yaml", "--toy.limit", "0"]) == 2
     assert "section toy: limit is 0" in capsys.readouterr().err
     assert main(["recipes", "validate", "mine.yaml", "--toy.limits", "2"]) == 2
     assert "section toy: unknown key 'limits'. Did you mean 'limit'?" in capsys.readouterr().err
-    assert main(["run", "mine.yaml", "--dry_run", "--toy.throughput", "0.5"]) == 0
+    assert main(["run", "mine.yaml", "--dry_run"]) == 0
     out = capsys.readouterr().out
-    rows = "  counts      2 of all pairs of judge\n  time        4 s at 0.5 pairs per second\n"
+    rows = "  reads       judge\n  counts      2 of all pairs of judge\n"
     # `dpo` uses the number of pairs that the output of `toy` declares.
     assert f"\ntoy\n{rows}" in out and "data        2 pairs" in out
 

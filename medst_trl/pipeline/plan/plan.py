@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a recipe, step by step, as text: what to read before GPUs are booked."""
 
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,17 @@ from medst_trl.policy.families import trained_parameters
 from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
-from .policies import NotKnownYet, Policy, model_at, policy_of
-from .steps import RecipeCounts, hardware_of, maker_of, schedule, stage_arguments, training_examples
-from .validate import check_inputs, check_processor
+from .policies import NotKnownYet, Policy, policy_of
+from .steps import (
+    RecipeCounts,
+    check_inputs,
+    check_processor,
+    hardware_of,
+    maker_of,
+    schedule,
+    stage_arguments,
+    training_examples,
+)
 
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
@@ -38,46 +44,50 @@ LABEL = 12  # width of the labels
 _WEIGHTS = (".safetensors", ".bin")  # transformers downloads the first of these that a repository has
 
 
-def print_plan(source: str, options: Sequence[Option], which: str | None = None) -> None:
+def print_plan(source: str, options: Sequence[Option], which: str | None = None, with_models: bool = True) -> None:
     """
-    Print the plan of a recipe, for `medst run RECIPE --dry_run`. Nothing is run.
+    Print the plan of a recipe, for `medst run RECIPE --dry_run` and `medst recipes validate`. Nothing is run.
+
+    Checked are keys, types and required settings; what each stage refuses before it opens anything; that inputs exist,
+    are made by an earlier section or can be repositories of the Hub; columns and splits of datasets on disk, and
+    processors of models on disk; accelerate configurations and batches.
 
     Args:
         source (`str`):
             The recipe.
         options (sequence of [`~medst_trl.pipeline.options.Option`]):
-            The options of the command line; with `--throughput N`, the plan shows how long a step takes.
+            The options of the command line.
         which (`str`, *optional*):
             The steps to plan, as for `recipe.steps`.
+        with_models (`bool`, *optional*, defaults to `True`):
+            Whether to plan what depends on earlier results, models and the Hub. Without them, every step is checked,
+            also a finished one.
 
     Raises:
-        UserError: if the recipe could not run.
+        UserError: after the plan, with every problem and its place. Inputs are checked if all keys and types are
+            valid.
     """
-    recipe = read_recipe(source, [option for option in options if option.key != "throughput"])
-    chosen, steps = recipe.steps(which, check=stage_arguments), recipe.steps(complete=False)
-    plan = _Plan(steps, [step.label for step in chosen], _read_throughput(options, recipe.path, steps))
+    recipe, problems = read_recipe(source, options), Problems()
+
+    def check(step: Step) -> None:
+        with problems.collect():
+            stage_arguments(step)
+
     lines = [f"Plan of {recipe.path}. Nothing is run, downloaded or uploaded.", f"Results go to {recipe.output_dir}."]
+    chosen, steps = [], []
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of libraries about each other
+        with problems.collect():
+            chosen, steps = recipe.steps(which, check=check), recipe.steps(complete=False)
+        plan = _Plan(steps, [step.label for step in chosen], problems, with_models)
         for step in chosen:
-            check_processor(step)
             lines += ["", *plan.lines(step)]
-    notes = [f"Note: {note}" for note in recipe.unused_options(chosen)]
-    print(*map(hide_secrets, lines), "", *plan.notes(), *notes, sep="\n")
-
-
-def _read_throughput(options: Sequence[Option], path: str, steps: Sequence[Step]) -> dict[str | None, float]:
-    """Return the values of `--throughput N` (under None) and `--sft.throughput N`."""
-    rates = {option.target: option.value for option in options if option.key == "throughput"}
-    for target, value in rates.items():
-        if target is not None and not any(target in (step.label, step.stage.name) for step in steps):
-            raise UserError(f"--{target}.throughput: {path} has no section {target!r}.")
-        try:
-            rates[target] = float(str(value))  # a flag without a value is True
-        except ValueError:
-            rates[target] = 0.0
-        if not 0 < rates[target] < math.inf:
-            raise UserError(f"throughput: {value!r} is not a number of examples per second.")
-    return rates
+    if chosen:
+        notes = [f"Note: {note}." for note in dict.fromkeys(plan.shortages)]
+        notes += [f"Note: {note}" for note in recipe.unused_options(chosen)]
+        print(*map(hide_secrets, lines), "", *notes, sep="\n")
+    problems.report()
+    if not with_models:
+        print(f"{recipe.path} is valid.")
 
 
 class _Plan:
@@ -89,126 +99,106 @@ class _Plan:
             All steps of the recipe.
         chosen (sequence of `str`):
             Labels of those that are planned.
-        throughput (mapping):
-            Examples per second, by stage or label; under None for every step that trains.
+        problems ([`~medst_trl.base.errors.Problems`]):
+            Collects what is wrong with a step, so that the next one is planned, too.
+        with_models (`bool`):
+            As for [`print_plan`].
     """
 
-    def __init__(self, steps: Sequence[Step], chosen: Sequence[str], throughput: Mapping[str | None, float]):
+    def __init__(self, steps: Sequence[Step], chosen: Sequence[str], problems: Problems, with_models: bool):
         self.steps = steps
         self.chosen = chosen
-        self.throughput = throughput
+        self.problems = problems
+        self.with_models = with_models
         self.downloaded: set[str] = set()
         self.shortages: list[str] = []
-        self.labels: set[str] = set()
-        self.weight_bytes = cache(self._weight_bytes)  # of a 7B model within seconds, and several steps may run it
 
     def lines(self, step: Step) -> Iterator[str]:
         """Heading and rows of a step."""
-        hardware = hardware_of(step)
-        arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
-        self.shortages += hardware.shortages
-        without_hub = [item for item in arguments if not isinstance(item, HubArguments)]
-        if changes := changes_of(step.stage, *without_hub):
-            yield f"{step.label}: would be refused: {'; '.join(changes)}"
-            return
-        if step.is_finished:
-            yield f"{step.label}: already finished; skipped unless its inputs have changed"
-            return
-        yield step.label + (f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else "")
-        before = ""
-        for label, text in self._rows(step, arguments, without_hub, hardware):
-            yield f"  {label if label != before else '':<{LABEL}}{text}"
-            before = label
-            self.labels.add(label)
+        place, sources = [other.label for other in self.steps].index(step.label), []
+        with self.problems.collect():
+            sources = check_inputs(step, self.steps[:place], self.steps[place:], self.chosen)
+            check_processor(step)
+        with self.problems.collect():
+            hardware = hardware_of(step)
+            arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
+            self.shortages += hardware.shortages
+            without_hub = [item for item in arguments if not isinstance(item, HubArguments)]
+            if self.with_models and (changes := changes_of(step.stage, *without_hub)):
+                yield f"{step.label}: would be refused: {'; '.join(changes)}"
+                return
+            if self.with_models and step.is_finished:
+                yield f"{step.label}: already finished; skipped unless its inputs have changed"
+                return
+            launcher = f" ({Path(hardware.config).stem}, {hardware.devices})" if step.stage.distributed else ""
+            yield f"{step.label}{launcher}"
+            before = ""
+            for label, text in self._rows(step, arguments, without_hub, hardware, sources):
+                yield f"  {label if label != before else '':<{LABEL}}{text}"
+                before = label
 
-    def _rows(self, step: Step, arguments: tuple, without_hub: Sequence[Any], hardware: Hardware) -> Iterator[_Row]:
-        rate = self.throughput.get(None) if step.stage.trains else None
-        rate = self.throughput.get(step.label, self.throughput.get(step.stage.name, rate))
-        counts = RecipeCounts(self.steps, rate)
+    def _rows(
+        self, step: Step, arguments: tuple, without_hub: Sequence[Any], hardware: Hardware, sources: Sequence[str]
+    ) -> Iterator[_Row]:
+        if sources:
+            yield "reads", ", ".join(sources)
         if step.stage.trains:
-            yield from self._training(step, arguments, hardware, counts)
-        else:
-            yield from self._model(step, arguments)
+            yield from self._training(step, arguments, hardware)
+        elif self.with_models:
+            yield from _model(arguments)
+        yield from (("note", note) for note in step.stage.ignored(arguments, step.given))
+        if not self.with_models:
+            return
         if step.stage.plan is not None:
-            yield from (row for row in step.stage.plan(counts, *without_hub) if row[1])
+            yield from (row for row in step.stage.plan(RecipeCounts(self.steps), *without_hub) if row[1])
         if step.replaces_results:
             yield "replaces", f"the results in {step.settings['output_dir']}"
-        yield from (("note", note) for note in step.stage.ignored(arguments, step.given))
-        problems, place = Problems(), [other.label for other in self.steps].index(step.label)
-        with problems.collect():
-            check_inputs(step, self.steps[:place], self.steps[place:], self.chosen)
-        yield from (("problem", message.removeprefix(f"{step.where}: ")) for message in problems.messages)
         yield from _downloads(step, self.steps, self.downloaded)
         yield from _uploads(step, arguments)
 
-    def notes(self) -> Iterator[str]:
-        """The lines below all steps."""
-        if "memory" in self.labels:
-            yield "Memory is an estimate for the longest examples; fragmentation adds 5 to 15%."
-        if "batch" in self.labels and "time" not in self.labels:
-            yield "Time: --throughput N (examples per second over all processes), --sft.throughput N for one stage."
-        for shortage in dict.fromkeys(self.shortages):
-            yield f"Note: {shortage}."
-
-    # A step that runs a model
-
-    def _model(self, step: Step, arguments: tuple) -> Iterator[_Row]:
-        """The model that a step loads, or the server to which its engine sends prompts, and what that may cost."""
-        name, engine = (getattr(arguments[0], key, None) for key in ("model_name_or_path", "engine"))
-        if name is None:
-            return
-        kind = ENGINES.get(engine) if engine else None
-        settings = settings_among(arguments, kind.settings) if kind else None
-        if kind and (address := kind.address(settings)):
-            yield "prompts", f"{address}, model {name}"
-            if isinstance(settings, CallSettings):
-                yield "prompts", settings.budget_note
-        elif kind is None or kind.loads_model:
-            size = self.weight_bytes(name, step.settings.get("dtype", "auto")) if kind else None
-            yield "model", name + (f", {_size(size)} of weights" if size else "")
-
-    def _weight_bytes(self, name: str, dtype: str) -> int | None:
-        """Bytes of a model in the type it is loaded in; None if that is not known."""
-        try:
-            policy = model_at(name, self.steps)
-        except NotKnownYet:
-            return None
-        own = policy.base_model.config.dtype if dtype == "auto" else dtype
-        is_half = str(own).removeprefix("torch.") in ("bfloat16", "float16")
-        return policy.model.num_parameters() * (2 if is_half else 4)
-
-    # A step that trains
-
-    def _training(self, step: Step, arguments: tuple, hardware: Hardware, counts: RecipeCounts) -> Iterator[_Row]:
+    def _training(self, step: Step, arguments: tuple, hardware: Hardware) -> Iterator[_Row]:
+        """The rows of a step that trains."""
         args, training = arguments
         with located(step.where):
             check_sharding(hardware.kind, *arguments)
             batch = Batch.of(*arguments, hardware.processes)
-        examples = training_examples(args, self.steps, training.seed)
-        steps, in_words = schedule(examples, batch, training.num_train_epochs, training.max_steps)
-        length, memory = training.max_length or DEFAULT_LENGTH, []
-        try:
-            policy = policy_of(step, self.steps, arguments)
-        except NotKnownYet as reason:
-            yield "model", str(reason)
-        else:
-            yield from _policy(step, policy, arguments)
-            memory = [training_memory(policy, arguments, batch, hardware, size) for size in (length, length // 2)]
+        memory = []
+        if self.with_models:
+            try:
+                policy = policy_of(step, self.steps, arguments)
+            except NotKnownYet as reason:
+                yield "model", str(reason)
+            else:
+                yield from _policy(step, policy, arguments)
+                memory = _memory(policy, arguments, batch, hardware)
         if hasattr(training, "beta"):
-            yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}{_reference(training, memory)}"
+            yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}"
         accumulated = f"{batch.accumulation} accumulated x " if batch.accumulation > 1 else ""
         divided = f"{batch.per_device} per {hardware.device} x {accumulated}{hardware.devices}"
         yield "batch", f"{divided} = {batch.effective}"
+        examples = training_examples(args, self.steps, training.seed)
         yield "data", examples.of(step.stage.trains)
-        yield "steps", f"{in_words}; {_scheduler(training)}"
-        if memory:
-            longest, half = (_size(sum(parts.values())) for parts in memory)
-            where = f" on each {hardware.device}" if hardware.processes > 1 else ""
-            checkpointing = f"{'with' if training.gradient_checkpointing else 'without'} gradient checkpointing"
-            lengths = f"at {length:,} tokens per example, {half} at {length // 2:,}"
-            yield "memory", f"about {longest}{where} {lengths}; {checkpointing}"
-            yield "memory", ", ".join(f"{name} {_size(size)}" for name, size in memory[0].items())
-        yield from counts.time(None if steps is None else steps * batch.effective, "examples")
+        _, steps = schedule(examples, batch, training.num_train_epochs, training.max_steps)
+        yield "steps", f"{steps}; {training.lr_scheduler_type.value}, warmup_steps {training.warmup_steps:g}"
+        yield from memory
+
+
+def _model(arguments: tuple[Any, ...]) -> Iterator[_Row]:
+    """The model that a step loads, or the server to which its engine sends prompts, and what that may cost."""
+    name, engine = (getattr(arguments[0], key, None) for key in ("model_name_or_path", "engine"))
+    if name is None:
+        return
+    kind = ENGINES.get(engine) if engine else None
+    settings = settings_among(arguments, kind.settings) if kind else None
+    if kind and (address := kind.address(settings)):
+        yield "prompts", f"{address}, model {name}"
+        if isinstance(settings, CallSettings):
+            yield "prompts", settings.budget_note
+    elif kind is None or kind.loads_model:
+        yield "model", name
+
+
+# A step that trains
 
 
 def _policy(step: Step, policy: Policy, arguments: tuple[Any, ...]) -> Iterator[_Row]:
@@ -222,40 +212,35 @@ def _policy(step: Step, policy: Policy, arguments: tuple[Any, ...]) -> Iterator[
     name = args.model_name_or_path
     base = policy.base if Path(policy.base) == Path(name) else f"{name} on {policy.base}"
     dtype = "4-bit" if args.load_in_4bit else args.weights_dtype(training)
-    yield "model", f"{base}, {_short(parameters)} parameters, {dtype}"
+    yield "model", f"{base}, {format_count(parameters)} parameters, {dtype}"
     rates = {"vision": training.vision_learning_rate, "projector": training.projector_learning_rate}
     width = max(len(how) for _, how in trained)
     for (part, how), count in trained.items():
         rate = training.learning_rate if rates.get(part) is None else rates[part]
-        yield "trains", f"{part:<11}{how:<{width}}{count:>16,}   learning rate {_rate(rate)}"
+        yield "trains", f"{part:<11}{how:<{width}}{count:>16,}   learning rate {rate:g}"
     yield "trains", f"{'total':<11}{'':<{width}}{total:>16,}   {total / parameters:.1%} of the model"
 
 
-def _reference(training: Any, memory: list[dict[str, float]]) -> str:
-    if training.precompute_ref_log_probs:
-        return ", reference computed before the first step"
-    if not memory:
-        return ""
-    return f", reference {'a copy in memory' if 'reference' in memory[0] else 'the model without the adapter'}"
+def _memory(policy: Policy, arguments: tuple[Any, ...], batch: Batch, hardware: Hardware) -> list[_Row]:
+    """The memory of a training step, for the longest examples and for half of their length."""
+    training = arguments[1]
+    length = training.max_length or DEFAULT_LENGTH
+    parts, half = (training_memory(policy, arguments, batch, hardware, size) for size in (length, length // 2))
+    where = f" on each {hardware.device}" if hardware.processes > 1 else ""
+    lengths = f"at {length:,} tokens per example, {format_size(sum(half.values()))} at {length // 2:,}"
+    checkpointing = f"{'with' if training.gradient_checkpointing else 'without'} gradient checkpointing"
+    estimate = f"about {format_size(sum(parts.values()))}{where} {lengths}; {checkpointing}"
+    return [
+        ("memory", f"{estimate}; an estimate, fragmentation adds 5 to 15%"),
+        ("memory", ", ".join(f"{name} {format_size(size)}" for name, size in parts.items())),
+    ]
 
 
-def _scheduler(training: Any) -> str:
-    name, warm_up = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type), training.warmup_steps
-    if not warm_up:
-        return name
-    return f"{name}, warm-up {f'{warm_up:.0%}' if warm_up < 1 else f'{warm_up:g} steps'}"
-
-
-def _short(number: int) -> str:
+def format_count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number:,}"
 
 
-def _rate(rate: float) -> str:
-    mantissa, exponent = f"{rate:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _size(size: float) -> str:
+def format_size(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 

@@ -7,7 +7,7 @@ The machine that plans need not be the one that runs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,14 +17,17 @@ from typing import Any
 from datasets import Dataset
 
 from medst_trl.base.errors import Problems, UserError, located, number_of
+from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import NOT_DISTRIBUTED
+from medst_trl.data.conform import check_missing
 from medst_trl.data.loading import columns_and_rows, mix
+from medst_trl.engines.engine import loads_model
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import Hardware, default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
-from medst_trl.pipeline.stage import Count, Output
+from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Count, Input, Output
 
 
 # TrainingArguments refuses these on a machine without a GPU, and imports DeepSpeed for the last.
@@ -59,18 +62,13 @@ def stage_arguments(step: Step, on_gpu: bool = True) -> tuple[Any, ...]:
         training.bf16 = on_gpu and not training.fp16 if bf16 is None else bool(bf16)
         if training.bf16 and training.fp16:
             raise UserError(f"{step.where}: bf16 and fp16 cannot both be true.")
-    own, checks, problems = [item for item in arguments if not isinstance(item, HubArguments)], [], Problems()
-    if step.stage.check is not None:
-        checks.append((step.stage.check, own))
-    if trains:
-        from medst_trl.training.machine import check_schedule
-
-        checks.append((check_schedule, own[-1:]))
-    checks += [(check_push, [item]) for item in arguments if getattr(item, "push_to_hub", False)]
-    for check, checked in checks:
-        with problems.collect(), located(step.where):
-            check(*checked)
-    problems.report()
+    own = [item for item in arguments if not isinstance(item, HubArguments)]
+    with located(step.where):
+        if step.stage.check is not None:
+            step.stage.check(*own)
+        for item in arguments:
+            if getattr(item, "push_to_hub", False):
+                check_push(item)
     return arguments
 
 
@@ -83,6 +81,94 @@ def missing_packages(step: Step) -> list[str]:
     defaults = {item.name: item.default for kind in step.stage.arguments() for item in fields(kind)}
     problems = unsupported_settings(SimpleNamespace(**defaults | step.settings))
     return [f"{step.where}: {problem}" for problem in problems]
+
+
+# Inputs
+
+
+def check_processor(step: Step) -> None:
+    """
+    Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            A step.
+    """
+    from medst_trl.policy.adapters import read_adapter_config
+    from medst_trl.policy.loading import load_processor
+
+    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
+    name, base, trusts = map(step.settings.get, names)
+    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
+        with located(f"{step.where}: model_name_or_path"):
+            adapter = read_adapter_config(name, None)
+            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
+                load_processor(name, base, None, bool(trusts))
+
+
+def check_inputs(step: Step, before: Sequence[Step], after: Sequence[Step], planned: Collection[str]) -> list[str]:
+    """
+    Check that the inputs of a step exist or can exist.
+
+    Args:
+        step ([`~medst_trl.pipeline.recipe.Step`]):
+            The step.
+        before, after (sequence of [`~medst_trl.pipeline.recipe.Step`]):
+            The other steps of the recipe.
+        planned (collection of `str`):
+            Labels of the steps that will run. What others make must exist already, or is named as missing.
+
+    Returns:
+        `list[str]`: Where the inputs come from.
+
+    Raises:
+        UserError: for each input that is missing or of another kind.
+    """
+    sources, problems, settings = [], Problems(), step.settings
+    registries = step.stage.registries.items()
+    chosen = [registry.get(settings[key]) for key, registry in registries if isinstance(settings.get(key), str)]
+    files = [Input(name, FILE) for item in chosen for name in getattr(item, "files", ())]  # of a source
+    for item in (*step.stage.inputs, *files):
+        for value in item.names(step.settings) if item.kind != RUN else ():
+            with problems.collect(), located(f"{step.where}: {item.key}"):
+                source = _source(step, item, value, before, after)
+                others = {maker.label for maker in before}.difference(planned)
+                is_missing = source in others and not Path(value).exists()
+                sources.append(f"{source} (not on disk yet: run it first)" if is_missing else source)
+    problems.report()
+    return list(dict.fromkeys(sources))
+
+
+def _source(step: Step, item: Input, value: str, before: Sequence[Step], after: Sequence[Step]) -> str:
+    """Where an input comes from: an earlier step, this machine or the Hub. Refuse one of another kind."""
+    maker, output = maker_of(value, before)
+    if maker is not None:
+        made = output and output.kind
+        if item.kind == MODEL and made != MODEL:
+            raise UserError(f"{value} is not a model: {maker.label} makes none there.")
+        if item.is_dataset and item.kind != ANY and made not in item.kinds:
+            makes = ", ".join(output.directory for output in maker.stage.outputs if output.directory) or "no dataset"
+            kinds = " or ".join(item.kinds)
+            raise UserError(f"{value} is not {item.kind} data: {maker.label} makes {makes}, and this reads {kinds}.")
+        return maker.label
+    if Path(value).exists():
+        _check_on_disk(item, Path(value), item.split_in(step.settings))
+        return value
+    if (later := maker_of(value, after)[0]) is not None:
+        raise UserError(f"{value} is made by {later.label}, which runs later.")
+    if item.kind == FILE or not is_only_on_hub(value):
+        raise UserError(f"{value} does not exist, and no section before {step.label} makes it.")
+    return f"{value} (Hub)"
+
+
+def _check_on_disk(item: Input, path: Path, split: str) -> None:
+    """Check that a model has a configuration, and a dataset its split and columns, from the head of one file."""
+    if item.kind == MODEL and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{path} contains no model (config.json) and no adapter.")
+    if not item.is_dataset or item.kind == ANY:
+        return
+    with located(str(path)):
+        check_missing(columns_and_rows(path, split, item.kind)[0], item.kind)
 
 
 # Hardware
@@ -103,8 +189,6 @@ def hardware_of(step: Step) -> Hardware:
     if hardware.on_gpu and gpus < processes // hardware.machines:
         here = number_of(gpus, "GPU") if gpus else "none"
         shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {here}")
-        if hardware.processes is None:
-            shortages.append("--num_processes N plans for N GPUs")
     if hardware.is_deepspeed and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
     shortages += [problem.removesuffix(".") for problem in missing_packages(step)]
@@ -125,7 +209,8 @@ def schedule(examples: Count, batch: Batch, num_train_epochs: float, max_steps: 
         max_steps (`int`): Number of steps, if above 0; it takes precedence.
 
     Returns:
-        `tuple[int | None, str]`: The number of steps, None if that of examples is unknown, and both in words.
+        `tuple[int | None, str]`: The number of steps, None if that of examples is unknown, and a
+        description with the number of epochs.
     """
     if examples.number is None:
         of_unknown = f"{number_of(f'{num_train_epochs:g}', 'epoch')} of {examples.depends_on}"
@@ -158,12 +243,10 @@ class RecipeCounts:
 
     Args:
         steps (sequence of [`~medst_trl.pipeline.recipe.Step`], *optional*): The steps of the recipe.
-        throughput (`float`, *optional*): Units per second of the stage that asks.
     """
 
-    def __init__(self, steps: Sequence[Step] = (), throughput: float | None = None):
+    def __init__(self, steps: Sequence[Step] = ()):
         self.steps = steps
-        self.throughput = throughput
 
     def rows(self, directory: str, split: str) -> Count:
         with suppress(UserError, OSError):  # no files, not all of them, or no such directory
@@ -178,12 +261,6 @@ class RecipeCounts:
         step, _ = maker_of(directory, self.steps)
         return {} if step is None else step.settings
 
-    def time(self, number: int | None, unit: str) -> Iterator[tuple[str, str]]:
-        if self.throughput is not None and number is None:
-            yield "time", f"unknown: the number of {unit} is not known yet"
-        elif self.throughput is not None:
-            yield "time", f"{_duration(number / self.throughput)} at {self.throughput:g} {unit} per second"
-
 
 def maker_of(path: str, steps: Sequence[Step]) -> tuple[Step | None, Output | None]:
     """The step that makes a path, and which of its outputs the path is; None if there is no such step or output."""
@@ -192,8 +269,3 @@ def maker_of(path: str, steps: Sequence[Step]) -> tuple[Step | None, Output | No
         return None, None
     step = max(makers, key=lambda step: len(Path(step.settings["output_dir"]).parts))
     return step, step.stage.output(Path(path).relative_to(step.settings["output_dir"]).as_posix())
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -282,11 +282,9 @@ def plan(counter: RowCounter, args: EvaluateArguments, *settings: Any) -> Iterat
         yield "scores", args.predictions
         return
     again = f", each again for {' and '.join(args.controls)}" if args.controls else ""
-    counts = [_count_questions(name, args.split).capped(args.max_records) for name in args.benchmark]
-    for name, count in zip(args.benchmark, counts):
+    for name in args.benchmark:
+        count = _count_questions(name, args.split).capped(args.max_records)
         yield "answers", f"{name}: {'its questions' if count.number is None else count.of('questions')}{again}"
-    numbers = [count.number for count in counts]
-    yield from counter.time(None if None in numbers else sum(numbers) * (1 + len(args.controls)), "questions")
 
 
 def _count_questions(benchmark: str, split: str) -> Count:

@@ -328,7 +328,6 @@ def plan(counter: RowCounter, args: GenerateArguments, *engine_settings: Any) ->
     images = images_to_ask_about(vars(args), counter)
     yield "prompts", f"{images.of('images')}, {args.num_questions} x a question and {args.num_answers} answers"
     yield "writes", counter.rows(str(Path(args.output_dir, "candidates")), "train").of("candidates")
-    yield from counter.time(images.number, "images")
 
 
 STAGE = Stage(

@@ -14,7 +14,6 @@ from medst_trl.base.errors import UserError
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.options import read_options
 from medst_trl.pipeline.plan.steps import RecipeCounts, missing_packages, schedule, stage_arguments, training_examples
-from medst_trl.pipeline.plan.validate import _launch
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.stage import STAGES, Count
 from medst_trl.pipeline.stages.judge import pairs_to_judge
@@ -42,9 +41,8 @@ def test_a_batch_without_an_effective_size_grows_with_the_number_of_processes():
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
 def test_an_indivisible_effective_batch_size_is_refused(settings):
     step = sft(effective_batch_size=128, per_device_train_batch_size=8, **settings)
-    step = replace(step, num_processes=4 if settings else 3)
-    with pytest.raises(UserError, match="^here: effective_batch_size 128"):
-        list(_launch(step, stage_arguments(step)))
+    with pytest.raises(UserError, match="^effective_batch_size 128"):
+        Batch.of(*stage_arguments(step), 4 if settings else 3)
 
 
 def test_a_finished_step_needs_no_packages(tmp_path):

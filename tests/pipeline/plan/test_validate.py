@@ -12,6 +12,7 @@ import pytest
 import torch  # noqa: F401 (`validate` runs in this process only if torch is imported)
 from datasets import Dataset
 from peft import LoraConfig
+from plan_rows import read_plan
 from recipe_data import write_source
 from tiny_run import SMALL
 
@@ -62,31 +63,35 @@ def dataset(directory, kind, split="train", drop=None):
 
 def test_a_valid_recipe_has_a_line_for_each_step(check):
     code, out = check()
-    lines = {line.split()[0]: line for line in out.splitlines()}
+    found = read_plan(out)
     assert code == 0 and out.endswith("mine.yaml is valid.\n")
-    assert list(lines)[:-1] == ["prepare", "sft", "generate", "judge", "dpo", "evaluate", "push"]
-    assert "from org/model (Hub), prepare; zero2; " in lines["sft"]
-    assert lines["sft"].endswith("batch 64 on 1 (8 x 8), 64 on 4 (8 x 2), 64 on 8 (8 x 1)")
-    assert lines["dpo"].endswith("batch 32 on 1 (4 x 8), 32 on 4 (4 x 2), 32 on 8 (4 x 1)")
-    assert "from sft, prepare" in lines["generate"] and "from sft, judge" in lines["dpo"]
-    assert "from dpo, org/benchmark (Hub)" in lines["evaluate"]
+    assert list(found) == ["", "prepare", "sft", "generate", "judge", "dpo", "evaluate", "push"]
+    assert found["sft"][""] == ["sft (zero2, 1 GPU)"]
+    assert {label for rows in found.values() for label in rows} == {"", "reads", "batch", "data", "steps", "loss"}
+    assert {step: rows["reads"] for step, rows in found.items() if step} == {
+        "prepare": ["talks.json"],
+        "sft": ["org/model (Hub), prepare"],
+        "generate": ["sft, prepare"],
+        "judge": ["generate"],
+        "dpo": ["sft, judge"],
+        "evaluate": ["dpo, org/benchmark (Hub)"],
+        "push": ["judge"],
+    }
 
 
 def test_the_batch_is_shown_for_the_given_number_of_processes(check):
-    assert "batch 64 on 2 (8 x 4)\n" in check("--num_processes", "2")[1]
+    for number, batch in ((1, "8 per GPU x 8 accumulated x 1 GPU"), (4, "8 per GPU x 2 accumulated x 4 GPUs")):
+        found = read_plan(check("--num_processes", str(number))[1])
+        assert found["sft"]["batch"] == [f"{batch} = 64"]
     code, out = check("--num_processes", "3")
-    assert (
-        code == 2 and "section sft: effective_batch_size 64 cannot be divided into batches of 8 on 3 processes" in out
-    )
+    assert code == 2 and "section sft: effective_batch_size 64 is not a multiple of 24" in out
     assert "section dpo: effective_batch_size 32" in out  # every problem is reported
-    code, out = check("--sft.per_device_train_batch_size=16")
-    assert code == 0 and "64 on 4 (16 x 1), cannot be met on 8\n" in out
     code, out = check("--sft.per_device_train_batch_size=7")
-    assert code == 2 and "effective_batch_size 64 cannot be divided into batches of 7" in out
+    assert code == 2 and "effective_batch_size 64 is not a multiple of 7" in out
 
 
 def test_a_config_for_one_process_allows_only_one_process(check):
-    assert "single_gpu; batch 64 on 1 (8 x 8)\n" in check("--accelerate_config", "single_gpu")[1]
+    assert "sft (single_gpu, 1 GPU)\n" in check("--accelerate_config", "single_gpu")[1]
     code, out = check("--accelerate_config", "single_gpu", "--num_processes", "2")
     assert code == 2 and "single_gpu is for one process, not for 2" in out
 
@@ -154,21 +159,22 @@ def test_all_mistakes_in_settings_are_reported_in_one_go(check):
         "generate: temperature is 0.0. It must be at least 0.01.",
         "generate: top_p is 2.0. It must be at least 0.01 and at most 1.",
     ]
-    code, out = check("--sft.lr_scheduler_type", "cosine_with_min_lr", "--sft.max_length", "-5")
-    assert "section sft: max_length is -5" in out and "section sft: lr_scheduler_type cosine_with_min_lr" in out
+    code, out = check("--sft.lr_scheduler_type", "cosine_with_min_lr")
+    assert code == 2 and "section sft: lr_scheduler_type cosine_with_min_lr" in out
     server = ["--generate.engine", "server", "--generate.base_url", "localhost:8000/v1"]
     assert "section generate: base_url must start with http:// or https://" in check(*server)[1]
 
 
 def test_settings_of_a_source_or_engine_that_is_not_chosen_are_named(check):
     code, out = check("--prepare.num_phantoms", "4", "--generate.timeout", "9", "--evaluate.batch_size", "2")
-    lines = {line.split()[0]: line for line in out.splitlines()}
-    assert code == 0
-    assert lines["prepare"].endswith(
-        "; num_phantoms is ignored: it is a setting of the source phantoms, and source is llava"
-    )
-    assert "timeout is ignored: it is a setting of the engine server, and engine is transformers" in lines["generate"]
-    assert "ignored" not in lines["evaluate"]
+    found = read_plan(out)
+    assert code == 0 and "note" not in found["evaluate"]
+    assert found["prepare"]["note"] == [
+        "num_phantoms is ignored: it is a setting of the source phantoms, and source is llava"
+    ]
+    assert found["generate"]["note"] == [
+        "timeout is ignored: it is a setting of the engine server, and engine is transformers"
+    ]
     assert "ignored" not in check("--concurrency", "4")[1]  # shared: for the judge
 
 
@@ -196,7 +202,7 @@ def test_a_model_on_disk_needs_a_configuration(check, tmp_path):
     assert code == 2 and "section sft: model_name_or_path: here/model contains no model" in out
     (tmp_path / "here/model/config.json").write_text("{}")
     code, out = check(change=name)
-    assert code == 0 and "from here/model, prepare" in out
+    assert code == 0 and "reads       here/model, prepare\n" in out
 
 
 def test_the_processor_of_a_model_on_disk_is_checked(check, tmp_path, caplog):
@@ -247,8 +253,9 @@ def test_validation_needs_neither_the_hub_nor_weights(check, monkeypatch):
 
 def test_one_stage_can_be_validated(check):
     code, out = check("--stage", "sft")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["sft", "mine.yaml"]
-    assert "from org/model (Hub), prepare (not on disk yet: run it first)" in out
+    found = read_plan(out)
+    assert code == 0 and list(found) == ["", "sft"]
+    assert found["sft"]["reads"] == ["org/model (Hub), prepare (not on disk yet: run it first)"]
     assert check("--stage", "sft", change=("gpt-4o", "null"))[0] == 0
     assert "no section 'merge'" in check("--stage", "merge")[1]
 
