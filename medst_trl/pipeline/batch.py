@@ -34,7 +34,8 @@ class Batch:
             processes (`int`): Number of processes.
 
         Raises:
-            UserError: if `effective_batch_size` cannot be met, or accumulation is given too.
+            UserError: if `effective_batch_size` is not a multiple of the examples of all processes, or accumulation is
+                given too.
         """
         per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
         if args.effective_batch_size is None:
@@ -44,7 +45,13 @@ class Batch:
                 f"effective_batch_size {args.effective_batch_size} determines gradient_accumulation_steps. Remove "
                 f"gradient_accumulation_steps ({accumulation})."
             )
-        return cls(per_device, accumulation_steps(args.effective_batch_size, per_device, processes), processes)
+        accumulation, rest = divmod(args.effective_batch_size, per_device * processes)
+        if rest:
+            raise UserError(
+                f"effective_batch_size {args.effective_batch_size} is not a multiple of {per_device * processes}: "
+                f"{per_device} (per_device_train_batch_size) x {number_of(processes, 'process')}. Change one of them."
+            )
+        return cls(per_device, accumulation, processes)
 
     @property
     def effective(self) -> int:
@@ -57,55 +64,3 @@ class Batch:
             f"{self.effective} {examples} per step: {self.per_device} x {number_of(self.processes, 'process')} x "
             f"{self.accumulation} accumulated."
         )
-
-
-def accumulation_steps(effective: int, per_device: int, processes: int) -> int:
-    """
-    Number of batches that each process takes per optimizer step.
-
-    Args:
-        effective (`int`): Examples per step, over all processes.
-        per_device (`int`): Examples per batch of one process.
-        processes (`int`): Number of processes.
-
-    Returns:
-        `int`: `effective / (per_device * processes)`.
-
-    Raises:
-        UserError: if that is not a whole number; the message lists sizes and numbers of processes that work.
-
-    Example:
-    ```python
-    >>> accumulation_steps(128, per_device=8, processes=4)
-    4
-    ```
-    """
-    if min(effective, per_device, processes) < 1:
-        raise UserError(
-            f"effective_batch_size {effective}, per_device_train_batch_size {per_device} and the number of processes "
-            f"{processes} must be 1 or more."
-        )
-    divided, rest = divmod(effective, per_device * processes)
-    if not rest:
-        return divided
-    options = []
-    if effective % processes == 0:
-        sizes = _divisors(effective // processes, near=per_device)
-        options.append(f"per_device_train_batch_size {sizes} on {number_of(processes, 'process')}")
-    if effective % per_device == 0:
-        counts = _divisors(effective // per_device, near=processes)
-        options.append(f"{number_of(counts, 'process')} with per_device_train_batch_size {per_device}")
-    if not options:
-        options.append(f"an effective_batch_size that is a multiple of {per_device * processes}")
-    raise UserError(
-        f"effective_batch_size {effective} cannot be divided into batches of {per_device} on "
-        f"{number_of(processes, 'process')}: it is not a multiple of {per_device * processes}. These work: "
-        f"{'; or '.join(options)}."
-    )
-
-
-def _divisors(number: int, near: int) -> str:
-    """The eight divisors nearest to `near`, in ascending order: `"1, 2 or 4"`."""
-    divisors = [divisor for divisor in range(1, min(number, 2**16) + 1) if number % divisor == 0]
-    nearest = sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:8])
-    return " or ".join(", ".join(map(str, nearest)).rsplit(", ", 1))

@@ -6,15 +6,16 @@ What the stages that train a policy share: arguments and their checks, data, ada
 Not a stage: `sft.py` and `dpo.py` are, and a plugin's training stage can use this too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
 from importlib import import_module
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from medst_trl.base.errors import Problems, UserError
+from medst_trl.base.errors import Problems, UserError, number_of
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists
@@ -52,7 +53,7 @@ _AT_LEAST = {
     "early_stopping_patience": 1, "max_length": 1, "sq_ratio": 0, "question_loss_weight": 0, "learning_rate": 0,
     "vision_learning_rate": 0, "projector_learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "seed": 0,
-    "label_smoothing": 0,
+    "label_smoothing": 0, "effective_batch_size": 1,
 }  # fmt: skip
 _AT_MOST = {"lora_dropout": 1, "sq_ratio": 1}
 
@@ -61,7 +62,7 @@ LOGGED = ("loss", "entropy", "mean_token_accuracy")  # figures of every evaluati
 
 @documented
 @dataclass
-class TrainingStageArguments:
+class TrainingStageArguments(ABC):
     """
     Which policy a stage trains, on which data, and with which adapter.
 
@@ -135,8 +136,7 @@ class TrainingStageArguments:
     train_vision: ClassVar[bool] = True
     train_vusr: ClassVar[bool] = True
     vusr_role: ClassVar[str | None] = None
-    best_by: ClassVar[tuple[str, ...]] = ()  # choices of metric_for_best_model; any by default
-    checks_shape: ClassVar[bool] = False  # whether settings may not differ from the shape of the model's own adapter
+    best_metrics: ClassVar[tuple[str, ...]] = ()  # choices of metric_for_best_model; any by default
 
     def __post_init__(self):
         make_lists(self, "dataset")
@@ -158,9 +158,11 @@ class TrainingStageArguments:
         Raises:
             UserError: for a number out of bounds, an unknown `dtype` or `vusr_role`, training that would end before
                 its first step, a `resume_from_checkpoint` that is not in `output_dir`, `load_in_4bit` if the 4-bit
-                weights would have to train or to be sharded, and ZeRO-3 without GPUs if the token trains.
+                weights would have to train or to be sharded, ZeRO-3 without GPUs if the token trains, and an
+                incomplete schedule of the learning rate.
         """
         from medst_trl.policy.vusr import VUSR_ROLES
+        from medst_trl.training.machine import check_schedule
         from medst_trl.training.resume import checkpoint_named
 
         given = vars(training_args) | vars(self)
@@ -178,8 +180,8 @@ class TrainingStageArguments:
         check_choice("vusr_role", self.vusr_role, VUSR_ROLES)
         if given.get("eval_strategy") == "no" and (given.get("save_strategy") == "best" or given.get("eval_on_start")):
             raise UserError("save_strategy best and eval_on_start evaluate the model: set eval_strategy, too.")
-        if self.best_by and (metric := given.get("metric_for_best_model")):
-            check_choice("metric_for_best_model", metric.removeprefix("eval_"), self.best_by)
+        if self.best_metrics and (metric := given.get("metric_for_best_model")):
+            check_choice("metric_for_best_model", metric.removeprefix("eval_"), self.best_metrics)
         if self.load_in_4bit and not self.use_lora:
             raise UserError("load_in_4bit freezes the language model, and use_lora: false trains it. Choose one.")
         kind = sharding_kind(training_args)
@@ -187,20 +189,21 @@ class TrainingStageArguments:
         if kind.endswith("ZeRO-3") and self.use_lora and self.train_vusr and not gpu_count():
             # PEFT (0.21) asks for the current CUDA device there, whatever device the model is on.
             raise UserError("ZeRO-3 trains the row of <vusr> on GPUs only. Use zero2, or (in sft) train_vusr: false.")
+        check_schedule(training_args)
 
+    @abstractmethod
     def make_trainer(self, training_args: "TrainingArguments", **inputs: Any) -> "Trainer":
         """
         Make the trainer. The inputs are what it needs besides its arguments: the model, its processor and datasets,
         and the configuration of a new adapter.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def summarize(self, trainer: "Trainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
         """
         Return counts and metrics of a finished run for `stage.json`, and a summary for readers. It is called on every
         rank, with the number of records.
         """
-        raise NotImplementedError
 
 
 def _check_weights(weights: Sequence[float] | None, names: Sequence[str], oversample: bool) -> None:
@@ -226,17 +229,16 @@ def training_stage(arguments: type, config: str, settings: type, kind: str, **mo
         kind (`str`):
             Kind of the dataset.
         **more:
-            Further fields of [`Stage`], or others in place of those below.
-
-    Raises:
-        TypeError: if the arguments have no `make_trainer` or no `summarize`, which would fail only after training.
+            Further fields of [`Stage`], among them `check` in place of that of the arguments.
     """
-    for name in ("make_trainer", "summarize"):
-        if getattr(arguments, name) is getattr(TrainingStageArguments, name):
-            raise TypeError(f"{arguments.__name__} has no method {name!r}. See TrainingStageArguments.{name}.")
+
+    def listed() -> tuple[type, type]:  # one class for all settings of the trainer: its defaults replace those of TRL
+        return arguments, make_dataclass("TrainingSettings", [], bases=(settings, CommonTrlSettings))
+
+    more.setdefault("check", lambda args, training_args: args.check(training_args))
     stage = Stage(
         arguments=lambda: (arguments, getattr(import_module("medst_trl"), config)),
-        listed=lambda: (arguments, make_dataclass("TrainingSettings", [], bases=(settings, CommonTrlSettings))),
+        listed=listed,
         main=lambda args, training_args: train_policy(stage, args, training_args),
         distributed=True,
         inputs=(
@@ -246,7 +248,7 @@ def training_stage(arguments: type, config: str, settings: type, kind: str, **mo
         ),
         outputs=(Output("", MODEL),),
         operational=_OPERATIONAL,
-        **{"check": lambda args, training_args: args.check(training_args)} | more,
+        **more,
     )
     return STAGES.register(stage)
 
@@ -324,6 +326,9 @@ def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "di
     if not args.train_vision:
         freeze_vision(model)
     peft_config = new_adapter(args, model, add_vusr(processor))
+    if hasattr(model, "peft_config") and rank() == 0:
+        names = "lora_r, lora_alpha, lora_dropout, vision_lora_r and vision_lora_alpha"
+        print(f"{args.model_name_or_path} is an adapter and keeps its shape: {names} have no effect.")
     try:
         return args.make_trainer(
             training_args,
@@ -393,7 +398,8 @@ def describe_run(trainer: "PolicyTrainer", examples: str, counts: dict[str, Any]
         rejected += f", {of_evaluation} for evaluation rejected"
     rejected += " (rejected.jsonl)" if rejected else ""
     truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""
-    return f"{trainer.state.global_step} steps on {len(trainer.train_dataset)} {examples}{rejected}{truncated}"
+    steps = number_of(trainer.state.global_step, "step")
+    return f"{steps} on {len(trainer.train_dataset)} {examples}{rejected}{truncated}"
 
 
 # The policy
@@ -406,7 +412,7 @@ def new_adapter(
     A new adapter with the settings of `args`; `None` if the model has one or trains in full.
 
     Raises:
-        UserError: for an adapter if all weights would have to train, or see [`keep_shape`].
+        UserError: for an adapter if all weights would have to train.
     """
     from medst_trl.policy.adapters import adapter_config
 
@@ -416,8 +422,6 @@ def new_adapter(
             f"use_lora is false, but {args.model_name_or_path} is an adapter. Start from a full model (`medst merge` "
             "makes one), or remove use_lora."
         )
-    if is_adapter and args.checks_shape:
-        keep_shape(args, model)
     if is_adapter or not args.use_lora:
         return None
     return adapter_config(
@@ -429,39 +433,3 @@ def new_adapter(
         vision_r=args.vision_lora_r if args.train_vision else 0,
         vision_lora_alpha=args.vision_lora_alpha,
     )
-
-
-def keep_shape(args: Any, model: "PeftModel") -> None:
-    """
-    Refuse settings that ask for another shape of an adapter that is trained further, and print its shape.
-
-    Args:
-        args (dataclass):
-            A stage's arguments with `lora_r`, `lora_alpha`, `lora_dropout`, `vision_lora_r`, `vision_lora_alpha`.
-        model ([`~peft.PeftModel`]):
-            The adapter on its base.
-
-    Raises:
-        UserError: if one of these is neither the default nor the adapter's own value.
-    """
-    from medst_trl.policy.families import model_parts
-
-    name, part_of = model.active_adapter, model_parts(model).part_of
-    # Of the layers, not of their weights: under ZeRO-3 those have no shape.
-    layers = {part_of(path): layer for path, layer in model.named_modules() if name in getattr(layer, "lora_A", ())}
-    prefixes = {"language": "", "vision": "vision_"}
-    own = {f"{prefix}lora_r": layers[part].r[name] if part in layers else 0 for part, prefix in prefixes.items()}
-    own |= {f"{prefixes[part]}lora_alpha": layer.lora_alpha[name] for part, layer in layers.items()}
-    own |= {"lora_dropout": model.peft_config[name].lora_dropout} if layers else {}
-    defaults = {item.name: item.default for item in fields(args)}
-
-    def listed(names: Iterable[str], values: Mapping[str, Any]) -> str:
-        return ", ".join(f"{name} {values[name]}" for name in names)
-
-    if other := [name for name in own if getattr(args, name) not in (defaults[name], own[name])]:
-        raise UserError(
-            f"{args.model_name_or_path} is an adapter with {listed(other, own)} and keeps it. "
-            f"{listed(other, vars(args))} would need a new adapter: remove the setting, or start from the base model."
-        )
-    if rank() == 0:
-        print(f"The adapter keeps its own {listed(own, own)}.")

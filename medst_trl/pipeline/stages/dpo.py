@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 _FIGURES = [f"{x}/{y}" for x in ("rewards", "logps", "logits", "logratios", "lengths") for y in ("chosen", "rejected")]
-_LAST_PART = 0.2  # of the logged steps, averaged for statements about the end of training
+_LAST_PART = 0.2  # of the logged steps, averaged to describe the end of training
 
 
 @documented
@@ -64,7 +64,7 @@ class DpoArguments(TrainingStageArguments):
             freezes it.
     """
 
-    best_by = (*LOGGED, "rewards/accuracies", "rewards/margins", *_FIGURES)
+    best_metrics = (*LOGGED, "rewards/accuracies", "rewards/margins", *_FIGURES)
 
     train_vision: bool = True
 

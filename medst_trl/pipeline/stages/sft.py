@@ -56,8 +56,7 @@ class SftArguments(TrainingStageArguments):
             Stop after N evaluations without a better eval_loss, and keep the best checkpoint.
     """
 
-    best_by = (*LOGGED, "loss_answer", "loss_question", "answer_accuracy", "question_accuracy")
-    checks_shape = True
+    best_metrics = (*LOGGED, "loss_answer", "loss_question", "answer_accuracy", "question_accuracy")
 
     lora_dropout: float = 0.05
     train_vusr: bool = True

@@ -192,7 +192,7 @@ def test_only_the_best_checkpoints_are_saved_by_an_accuracy(inputs, tmp_path):
     assert list((tmp_path / "sft").glob("checkpoint-*"))
     figures = {key[5:] for entry in state["log_history"] for key in entry if key.startswith("eval_")}
     figures -= {"runtime", "samples_per_second", "steps_per_second", "question_tokens", "answer_tokens", "num_tokens"}
-    assert figures == {*sft.SftArguments.best_by}  # each can be the metric
+    assert figures == {*sft.SftArguments.best_metrics}  # each can be the metric
 
 
 def test_settings_that_trl_refuses_are_reported_without_a_traceback(inputs, tmp_path):

@@ -2,31 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code shared by both training stages: datasets, bounds of settings, continued adapters, logs, and batch sizes."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_dpo
 import tiny_run
 from datasets import Dataset, List, Value
 from datasets import Image as ImageFeature
-from peft import get_peft_model
 from tiny_run import write_instruct
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.batch import Batch, accumulation_steps
+from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.stages import _training as training
 from medst_trl.pipeline.stages._training import (
     TrainingStageArguments,
-    keep_shape,
     load_splits,
     training_stage,
 )
 from medst_trl.pipeline.stages.dpo import DpoArguments, end_of_log
 from medst_trl.pipeline.stages.sft import SftArguments
-from medst_trl.policy.adapters import adapter_config
 from medst_trl.training.dpo import MultimodalDPOConfig
 from medst_trl.training.settings import SelfQuestioningSettings
 from medst_trl.training.sft import SelfQuestioningConfig
@@ -113,7 +108,7 @@ def check(**changes):
     args = SftArguments("m", ["d"])
     training_args = SimpleNamespace(
         num_train_epochs=3, max_steps=-1, max_length=None, learning_rate=2e-4, sq_ratio=0.5, deepspeed_plugin=None,
-        fsdp=None, resume_from_checkpoint=None, output_dir="o",
+        fsdp=None, resume_from_checkpoint=None, output_dir="o", lr_scheduler_type="linear", lr_scheduler_kwargs=None,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(args if hasattr(args, name) else training_args, name, value)
@@ -179,47 +174,6 @@ def test_every_bound_belongs_to_an_existing_setting():
     assert training._AT_LEAST.keys() | training._AT_MOST.keys() <= set().union(*known)
 
 
-@dataclass
-class Arguments:
-    model_name_or_path: str = "runs/x/sft"
-    lora_r: int = 128
-    lora_alpha: int = 256
-    lora_dropout: float = 0.05
-    vision_lora_r: int = 32
-    vision_lora_alpha: int = 64
-
-
-def test_the_default_adapter_settings_match_the_stage():
-    settings = {name: field.default for name, field in Arguments.__dataclass_fields__.items() if "lora" in name}
-    assert settings == {name: SftArguments.__dataclass_fields__[name].default for name in settings}
-
-
-def test_a_continued_adapter_keeps_its_shape(capsys):
-    model, _ = tiny_dpo.adapter_policy()
-    for same in (Arguments(), Arguments(lora_r=8, vision_lora_alpha=8, lora_dropout=0.0)):
-        keep_shape(same, model)
-        message = capsys.readouterr().out
-        for own in ("own lora_r 8, vision_lora_r 4", " lora_alpha 16", " vision_lora_alpha 8", " lora_dropout 0.0."):
-            assert own in message
-
-
-@pytest.mark.parametrize("other", [{"lora_r": 16}, {"vision_lora_r": 0}, {"lora_alpha": 8}, {"lora_dropout": 0.1}])
-def test_another_adapter_shape_is_refused(other):
-    model, _ = tiny_dpo.adapter_policy()
-    (name, value), *_ = other.items()
-    with pytest.raises(UserError, match=rf"runs/x/sft is an adapter with {name} .*\. {name} {value} would need a new"):
-        keep_shape(replace(Arguments(), **other), model)
-
-
-def test_a_projector_without_lora_keeps_its_shape(capsys):
-    model, _ = tiny_run.small_policy()
-    model = get_peft_model(model, adapter_config(model, r=0, vision_r=0))
-    keep_shape(Arguments(), model)
-    assert capsys.readouterr().out.endswith("lora_r 0, vision_lora_r 0.\n")
-    with pytest.raises(UserError, match="lora_r 0 and keeps it"):
-        keep_shape(Arguments(lora_r=8), model)
-
-
 def test_the_end_of_a_log_averages_the_last_steps():
     log = [{"loss": float(number), "rewards/margins": 2.0 * number, "step": number} for number in range(10)]
     log[4:4] = [{"eval_loss": 7.0}]
@@ -231,36 +185,19 @@ def test_the_end_of_a_log_averages_the_last_steps():
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("per_device", [1, 4, 16])
 def test_a_step_has_the_same_size_on_any_number_of_processes(per_device, processes):
-    assert accumulation_steps(128, per_device, processes) * per_device * processes == 128
+    training_args = SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=1)
+    assert Batch.of(SimpleNamespace(effective_batch_size=128), training_args, processes).effective == 128
 
 
 @pytest.mark.parametrize(
     ("effective", "per_device", "processes"), [(128, 8, 3), (128, 6, 4), (12, 8, 3), (7, 3, 2), (4, 8, 1)]
 )
-def test_an_indivisible_batch_size_is_refused_with_alternatives(effective, per_device, processes):
-    with pytest.raises(UserError, match="These work") as raised:
-        accumulation_steps(effective, per_device, processes)
-    message = str(raised.value).partition("These work")[2]
-    sizes = re.search(r"per_device_train_batch_size ([\d, or]+) on", message)
-    for size in re.findall(r"\d+", sizes[1]) if sizes else ():
-        assert accumulation_steps(effective, int(size), processes)
-    counts = re.search(r"([\d, or]+) process(?:es)? with", message)
-    for count in re.findall(r"\d+", counts[1]) if counts else ():
-        assert accumulation_steps(effective, per_device, int(count))
-    assert sizes or counts or f"multiple of {per_device * processes}" in message
-
-
-def test_only_the_nearest_alternatives_are_suggested():
-    with pytest.raises(UserError, match=": 6, 7, 9, 10, 11, 14, 15 or 18 processes with"):
-        accumulation_steps(55440, 8, 13)
-    with pytest.raises(UserError, match="per_device_train_batch_size 1, "):
-        accumulation_steps(10**10 + 1, 8, 1)  # fast, because not all 10**10 candidates are tried
-
-
-@pytest.mark.parametrize("numbers", [(0, 1, 1), (-8, 8, 1), (8, 0, 1)])
-def test_numbers_below_one_are_refused(numbers):
-    with pytest.raises(UserError, match="1 or more"):
-        accumulation_steps(*numbers)
+def test_an_indivisible_batch_size_is_refused(effective, per_device, processes):
+    training_args = SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=1)
+    with pytest.raises(
+        UserError, match=f"effective_batch_size {effective} is not a multiple of {per_device * processes}"
+    ):
+        Batch.of(SimpleNamespace(effective_batch_size=effective), training_args, processes)
 
 
 def test_accumulation_follows_from_the_arguments_of_a_stage():
@@ -280,16 +217,14 @@ def register(monkeypatch, arguments, **more):
     return training_stage(arguments, "SelfQuestioningConfig", SelfQuestioningSettings, "instruct", **more)
 
 
-@dataclass
-class _WithoutSummary(TrainingStageArguments):
-    def make_trainer(self, training_args, **inputs):
-        raise AssertionError
+def test_a_training_stage_needs_a_trainer_and_a_summary():
+    @dataclass
+    class WithoutSummary(TrainingStageArguments):
+        def make_trainer(self, training_args, **inputs):
+            raise AssertionError
 
-
-def test_a_training_stage_needs_a_trainer_and_a_summary(monkeypatch):
-    for arguments, name in ((TrainingStageArguments, "make_trainer"), (_WithoutSummary, "summarize")):
-        with pytest.raises(TypeError, match=f"{arguments.__name__} has no method '{name}'"):
-            register(monkeypatch, arguments)
+    with pytest.raises(TypeError, match="summarize"):
+        WithoutSummary("m", ["d"])
 
 
 def test_a_training_stage_is_checked_by_its_arguments_or_its_own_check(monkeypatch, tmp_path):
