@@ -11,8 +11,8 @@ transformers serve runs/vqa_rad/merged
 Output in `output_dir`: safetensors, processor, chat template and generation config. Plain transformers, `load_policy`
 and servers can load them, and `medst push` publishes them. Before the files get their final names, the model is loaded
 from disk and compared with the adapter, both for answers and for questions. The comparison uses the first
-conversations of `dataset`, or else of the data that the adapter was trained on, or else images of noise. In float32,
-no log-probability may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that
+conversations that the adapter was trained on, or images of noise if that data is not on this machine. In float32, no
+log-probability may differ by more than 1e-4. In a smaller type, the limit is three times the rounding error of that
 type in the adapter itself. `stage.json` has the differences.
 
 Merging runs on the CPU and needs memory for the model in float32: 28 GB for 7B. An adapter trained on a 4-bit base is
@@ -21,6 +21,7 @@ defaults are for answers (temperature 0.2). To let the model ask, send temperatu
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +34,7 @@ from medst_trl.data.loading import load_records
 from medst_trl.data.schema import dialogue
 from medst_trl.pipeline.lineage import trained_on, write_training_images
 from medst_trl.pipeline.record import StageRecord, read_record
-from medst_trl.pipeline.stage import ANY, MODEL, STAGES, Input, Output, Stage
+from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage
 
 
 if TYPE_CHECKING:
@@ -56,11 +57,6 @@ class MergeArguments:
             Base model of the adapter, if it has moved.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the saved weights: float32, bfloat16, float16, or auto (the type of the base).
-        dataset (`str`, *optional*):
-            Directory or Hub id of conversations, preference pairs or a benchmark for the comparison. Default: the data
-            that the adapter was trained on if its record names an existing directory, else images of noise.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of the dataset.
         num_examples (`int`, *optional*, defaults to `4`):
             Number of records for the comparison.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
@@ -81,8 +77,6 @@ class MergeArguments:
     output_dir: str
     base_model_name_or_path: str | None = None
     dtype: str = "auto"
-    dataset: str | None = None
-    split: str = "train"
     num_examples: int = 4
     max_shard_size: str = "5GB"
     trust_remote_code: bool = False
@@ -92,7 +86,13 @@ class MergeArguments:
     overwrite: bool = False
 
 
+def check(args: MergeArguments) -> None:
+    """Raise a `UserError` if nothing would be compared."""
+    check_bounds(args, at_least={"num_examples": 1})
+
+
 def main(args: MergeArguments) -> None:
+    check(args)
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
         return
@@ -122,53 +122,27 @@ def main(args: MergeArguments) -> None:
             trained_on=trained_on(args.output_dir),
         )
     write_card(args.output_dir)
-    print(_summary(args, merged, source))
+    proof = merged["proof"]
+    print(
+        f"merge: {merged['parameters']:,} parameters in {merged['dtype']}, in {args.output_dir}. Log-probabilities "
+        f"differ from the adapter's by at most {proof['stored_difference']:.1e} "
+        f"({number_of(proof['examples'], 'conversation')}, {source})."
+    )
 
 
 def _examples(args: MergeArguments, trained: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Return the conversations for the comparison, and where they are from."""
-    check_bounds(args, at_least={"num_examples": 1})
-    dataset, split = args.dataset, args.split
-    if dataset is None:
-        source = trained.get("inputs", {}).get("dataset") or [{}]
-        dataset, split = source[0].get("path"), trained.get("settings", {}).get("train_split") or "train"
-        if dataset is None or not Path(dataset).is_dir():  # no record, or one of a Hub dataset
-            return drawn_examples(args.num_examples), "images of noise"
-    return read_examples(dataset, split, args.num_examples), dataset
-
-
-def read_examples(dataset: str, split: str, count: int) -> list[dict[str, Any]]:
-    """
-    Read the first conversations with an image and an answer from a dataset that a stage trains or evaluates on.
-
-    Args:
-        dataset (`str`):
-            Directory or Hub id: conversations (`messages`), preference pairs (`prompt` and `chosen`), or a benchmark
-            (`questions`).
-        split (`str`):
-            Its split.
-        count (`int`):
-            Largest number of conversations.
-
-    Returns:
-        `list[dict]`: `id`, `images`, `messages`.
-
-    Raises:
-        UserError: if the dataset cannot be read or has none.
-    """
-    found = list(islice(filter(None, map(_conversation, load_records(dataset, split, identify=False))), count))
-    if not found:
-        raise UserError(
-            f"{dataset}, split {split!r}, has no conversation, preference pair or benchmark question with an image "
-            "and an answer. Choose another dataset."
-        )
-    return found
+    """Return the first conversations that the adapter was trained on, or about noise, and where they are from."""
+    dataset = (trained.get("inputs", {}).get("dataset") or [{}])[0].get("path")
+    if dataset is not None and Path(dataset).is_dir():
+        split = trained.get("settings", {}).get("train_split") or "train"
+        with suppress(UserError):  # the directory holds something else today
+            records = load_records(dataset, split, identify=False)
+            if examples := list(islice(filter(None, map(_conversation, records)), args.num_examples)):
+                return examples, dataset
+    return drawn_examples(args.num_examples), "images of noise"
 
 
 def _conversation(row: dict[str, Any]) -> dict[str, Any] | None:
-    if row.get("questions"):
-        turns = [(row["questions"][0]["question"], row["questions"][0]["answer"])]
-        return {"id": row["image_id"], "images": [row["image"]], "messages": dialogue(turns, num_images=1)}
     if "chosen" in row:
         row = row | {"messages": [*row["prompt"], *row["chosen"]]}
     messages = row.get("messages") or ()
@@ -204,31 +178,11 @@ def batches_of(processor: "ProcessorMixin", examples: Sequence[dict[str, Any]]) 
     batches = [collator([example]) for example in examples for collator in collators]
     batches = [batch for batch in batches if (batch["labels"] != -100).any()]
     if not batches:
-        raise UserError("The examples have no answer to compare. Give another dataset.")
+        raise UserError("The examples have no answer to compare. ")
     return [  # without what the collator reports for the trainer
         {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "question_mask"}
         for batch in batches
     ]
-
-
-def _summary(args: MergeArguments, merged: dict[str, Any], source: str) -> str:
-    proof = merged["proof"]
-    text = (
-        f"merge: {merged['parameters']:,} parameters in {merged['dtype']}, in {args.output_dir}. On {proof['tokens']} "
-        f"answer and question tokens of {number_of(proof['examples'], 'conversation')} ({source}) the "
-        f"log-probabilities differ from the adapter's by at most {proof['float32_difference']:.1e} in float32"
-    )
-    if merged["dtype"] != "float32":
-        text += (
-            f" and {proof['stored_difference']:.1e} in {merged['dtype']} (allowed: {proof['stored_tolerance']:.1e}, "
-            "three times the rounding error of this type in the adapter)"
-        )
-    if merged["trained_in_4bit"]:
-        text += (
-            ".\nThe adapter was trained on its base in 4 bits and is merged into the published base: the merged model "
-            "equals the adapter on that base. Evaluate it"
-        )
-    return f"{text}."
 
 
 STAGE = Stage(
@@ -237,13 +191,14 @@ STAGE = Stage(
     help=__doc__,
     after=("dpo",),
     arguments=lambda: (MergeArguments,),
+    check=check,
     main=main,
     inputs=(
         Input("model_name_or_path", MODEL, accepts=lambda stage, output: stage.trains is not None),
         Input("base_model_name_or_path", MODEL, has_default=False),
-        Input("dataset", ANY, split="split"),
     ),
     outputs=(Output("", MODEL, merges="model_name_or_path"),),
-    operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo"}),
+    # Version 0.1.0 had the settings dataset and split, for the comparison.
+    operational=frozenset({"max_shard_size", "push_to_hub", "hub_model_id", "hub_private_repo", "dataset", "split"}),
 )
 STAGES.register(STAGE)
