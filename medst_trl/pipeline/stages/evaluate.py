@@ -38,16 +38,16 @@ Predictions of other projects are converted to our format and saved as `predicti
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import read_object, write_json, write_jsonl
 from medst_trl.base.processes import process_state, rank
-from medst_trl.base.settings import check_bounds, documented, make_lists, settings_among
+from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists, settings_among
 from medst_trl.data.loading import load_records, split_files
 from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
@@ -65,14 +65,14 @@ from medst_trl.evaluation.predictions import (
     score_predictions,
 )
 from medst_trl.evaluation.scores_file import SCORES_FILE, ScoresFile
-from medst_trl.evaluation.vqa import questions_of, shown_rows, write_predictions
+from medst_trl.evaluation.vqa import CONTROLS, shown_rows, write_predictions
 from medst_trl.pipeline.lineage import check_contamination
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+# Records and rejected lines of the answers (under None) and of each control.
+_Predictions = Mapping[str | None, tuple[list[dict[str, Any]], list[dict[str, Any]]]]
 
 BATCH_SIZE = 16  # of a model in this process, unless batch_size is given; the same as in earlier versions
 
@@ -161,7 +161,8 @@ def main(args: EvaluateArguments, *settings: Any) -> None:
             with suppress(UserError):  # a finished evaluation whose benchmark cannot be downloaded any more
                 _check_contamination(args)
         if not record.is_silent:
-            for path in (paths := [directory / SCORES_FILE for directory in _output_directories(args)]):
+            paths = [directory / SCORES_FILE for directory in _output_directories(args)]
+            for path in paths:
                 print(ScoresFile.read(path))
                 print(Contamination.read(path.with_name(CONTAMINATION_FILE)) or Contamination())
             print(f"Scores are in {', '.join(map(str, paths))}.")
@@ -179,7 +180,7 @@ def check(args: EvaluateArguments, *settings: Any) -> None:
     if not args.predictions:
         kind.check(settings_among(settings, kind.settings), args.model_name_or_path)
     for control in args.controls:
-        shown_rows([], control)
+        check_choice("control", control, CONTROLS)
     check_bounds(args, at_least={"max_new_tokens": 1, "max_records": 1, "bootstrap_samples": 0})
     _output_directories(args)
 
@@ -212,8 +213,9 @@ def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any],
         for control, path in paths.items():
             write_predictions(path, engine, benchmark, control=control, **asking)
         if state.is_main_process:
-            about = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
-            counts[name] = _write_scores(args, settings, directory, paths, about)
+            found = {control: read_predictions(path, OWN_FORMAT) for control, path in paths.items()}
+            header = {"benchmark": name, "data": source, "split": args.split, "model": args.model_name_or_path}
+            counts[name] = _write_scores(args, settings, directory, found, header)
         state.wait_for_everyone()
     return counts
 
@@ -223,32 +225,28 @@ def _check_contamination(args: EvaluateArguments) -> None:
     paths = [directory / CONTAMINATION_FILE for directory in _output_directories(args)]
     todo = {path: name for path, name in zip(paths, args.benchmark) if Contamination.read(path) is None}
     model = args.model_name_or_path if ENGINES.get(args.engine).loads_model else None
-    asked = [(Path(name), _asked_part(load_records(name, args.split, "benchmark"), args)) for name in todo.values()]
-    for path, found in zip(todo, check_contamination(model, asked)):
+    benchmarks = [(Path(name), load_records(name, args.split, "benchmark")) for name in todo.values()]
+    for path, found in zip(todo, check_contamination(model, benchmarks)):
         write_json(path, found)
 
 
-def _asked_part(benchmark: "Dataset", args: EvaluateArguments) -> "Dataset":
-    """Return the rows of a benchmark with the questions that are asked."""
-    if args.max_records is None:
-        return benchmark
-    counts = Counter(question["row"] for question in questions_of(benchmark, args.max_records))
-    part = benchmark.select(list(counts))
-    asked = [questions[:count] for questions, count in zip(part["questions"][:], counts.values())]
-    return part.remove_columns("questions").add_column("questions", asked, feature=part.features["questions"])
-
-
 def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, Any]:
-    paths = {control: control_path(args.predictions, control) for control in (None, *args.controls)}
-    paths = {control: path for control, path in paths.items() if control is None or path.is_file()}
-    format = args.predictions_format or guess_format(args.predictions)
-    about = {"predictions": args.predictions, "format": format}
+    """Score a predictions file, and those of its controls beside it. Return the counts."""
+    path, output_dir = Path(args.predictions), Path(args.output_dir)
+    file_format = args.predictions_format or guess_format(path)
     questions = read_questions(args.benchmark[0], args.split) if args.benchmark else None
-    counts = _write_scores(args, settings, Path(args.output_dir), paths, about, format, questions)
-    path = Path(args.predictions)
-    found = read_object(path.with_name(CONTAMINATION_FILE))
-    if found and format == OWN_FORMAT and path.name == PREDICTIONS_FILE:  # others can be of another model or benchmark
-        write_json(Path(args.output_dir, CONTAMINATION_FILE), found)
+    paths = {None: path} | {control: control_path(path, control) for control in args.controls}
+    found = {
+        control: read_predictions(path, file_format, benchmark=questions)
+        for control, path in paths.items()
+        if control is None or path.is_file()
+    }
+    counts = _write_scores(args, settings, output_dir, found, {"predictions": args.predictions, "format": file_format})
+    if file_format != OWN_FORMAT:
+        for control, (records, _) in found.items():
+            write_jsonl(control_path(output_dir / PREDICTIONS_FILE, control), records)
+    elif path.name == PREDICTIONS_FILE and (shared := read_object(path.with_name(CONTAMINATION_FILE))):
+        write_json(output_dir / CONTAMINATION_FILE, shared)  # that of other files can be of another model or benchmark
     if guessed := counts.get("answer_types_guessed"):
         print(
             f"evaluate: {args.predictions} does not say which questions are closed. {guessed} count as closed if "
@@ -257,18 +255,16 @@ def _score_file(args: EvaluateArguments, settings: Sequence[Any]) -> dict[str, A
     return counts
 
 
-def _write_scores(args, settings, directory, paths, about, format=OWN_FORMAT, questions=None) -> dict[str, Any]:
-    """Score predictions (`paths[None]`) and their controls, and write the scores below `about`. Return the counts."""
-    found = {control: read_predictions(path, format, benchmark=questions) for control, path in paths.items()}
-    answers, rejected = {control: records for control, (records, _) in found.items()}, found[None][1]
-    controls = {name: answers[name] for name in answers if name}
+def _write_scores(
+    args: EvaluateArguments, settings: Sequence[Any], directory: Path, found: _Predictions, header: dict[str, Any]
+) -> dict[str, Any]:
+    """Score predictions, and write the scores below `header`, which says what was scored. Return the counts."""
+    records, rejected = found[None]
+    controls = {name: answers for name, (answers, _) in found.items() if name is not None}
     scoring = {name: getattr(args, name) for name in ("variants", "bootstrap_samples", "seed")}
-    scores = score_predictions(answers[None], controls, settings=settings, **scoring)
+    scores = score_predictions(records, controls, settings=settings, **scoring)
     scores["counts"]["rejected"] = dict(Counter(line["reason"] for line in rejected))
-    if format != OWN_FORMAT:
-        for control, records in answers.items():
-            write_jsonl(control_path(directory / PREDICTIONS_FILE, control), records)
-    write_json(directory / SCORES_FILE, about | scores)
+    write_json(directory / SCORES_FILE, header | scores)
     if rejected:
         write_jsonl(directory / "rejected.jsonl", rejected)
         reasons = list_reasons(scores["counts"]["rejected"])

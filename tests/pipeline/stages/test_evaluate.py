@@ -223,14 +223,14 @@ def test_predictions_of_others_do_not_inherit_the_contamination_beside_them(fini
     assert not (tmp_path / "out" / "contamination.json").exists()
 
 
-def test_only_the_questions_that_are_asked_are_compared(inputs, tmp_path):
+def test_the_whole_benchmark_is_compared(inputs, tmp_path):
     model = shutil.copytree(inputs["model_name_or_path"], tmp_path / "model")
     (model / "training_images.json").write_text('{"complete": true, "image_ids": []}')
     options = inputs | FAST | {"controls": [], "max_records": 3, "model_name_or_path": str(model)}
     evaluate(**options, output_dir=str(tmp_path / "out"))
     read = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("scores", "contamination"))
     asked, figures = next(read)["scores"]["strict"], next(read)["figures"]
-    assert figures["questions"]["of"] == asked["n"] == 3 and figures["exact"]["of"] == asked["n_images"]
+    assert figures["questions"]["of"] > asked["n"] == 3 and figures["exact"]["of"] > asked["n_images"]
 
 
 def test_scoring_a_file_needs_no_model(predictions, tmp_path):
@@ -254,7 +254,7 @@ def test_malformed_lines_are_rejected(predictions, tmp_path, capsys):
     predictions.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "x"}']))
     evaluate(predictions=str(predictions), output_dir=str(tmp_path / "out"))
     rejected = read_jsonl(tmp_path / "out" / "rejected.jsonl")
-    assert [(row["id"], row["reason"]) for row in rejected] == [("line 2", "not JSON"), ("x", "no answer")]
+    assert [(row["id"], row["reason"]) for row in rejected] == [("row 2", "not JSON"), ("x", "no answer")]
     counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
     assert counts == {"records": 3, "rejected": {"not JSON": 1, "no answer": 1}, "cut_off": 0}
     assert "2 lines were rejected (1 not JSON, 1 no answer)" in capsys.readouterr().out
