@@ -17,7 +17,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -98,15 +97,12 @@ class Frames:
             Index of the one in the middle.
         groups (`dict`):
             See [`StoredImage`].
-        lock (`threading.Lock`):
-            Held while a frame is read: decoders are not made for several threads.
     """
 
     count: int
     read: Callable[[int], Frame]
     middle: int = 0
     groups: dict[str, str] = field(default_factory=dict)
-    lock: Lock = field(default_factory=Lock)
 
 
 # --- 8-bit pixels ----------------------------------------------------------------------------------------------------

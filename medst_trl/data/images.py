@@ -13,9 +13,9 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePath
 from threading import Lock
@@ -25,7 +25,6 @@ from unicodedata import normalize
 from PIL import ExifTags, Image, ImageOps
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import did_you_mean
 
 from .cells import DICOM_SUFFIXES
 from .dicom import open_dicom
@@ -126,18 +125,19 @@ def load_image(
             Number of the frame, from 1. By default a file with several has the one in the middle if `settings.frames`
             is `"middle"`, and is rejected otherwise.
         identify (`bool`, *optional*, defaults to `True`):
-            Whether to compute `image_id` and `near_hash`, for which the pixels are decoded. Without them, files that
-            keep their bytes are not decoded: only for files that were accepted before.
+            Whether to compute `image_id` and `near_hash`. Set it to False only for files that were identified before:
+            those that keep their bytes are then not decoded.
 
     Raises:
         ImageProblem: with a reason word, whatever is wrong with the file.
         UserError: for a DICOM or NIfTI file without the package that reads it (extras `dicom` and `nifti`).
     """
-    return load_frame(open_image(path, settings), settings, frame, identify)
+    opened = open_image(path, settings)
+    return _store(read_frame(opened, settings, frame), opened.groups, identify)
 
 
 def open_image(path: str | os.PathLike | bytes, settings: ImageSettings) -> Frames:
-    """Open a file, of which [`load_frame`] reads the frames. Raises the errors of [`load_image`]."""
+    """Open a file, of which [`read_frame`] reads the frames. Raises the errors of [`load_image`]."""
     data = path if isinstance(path, bytes) else _bytes_of(Path(path), settings.max_bytes)
     name = "" if data is path else Path(path).name
     try:
@@ -158,23 +158,22 @@ def open_image(path: str | os.PathLike | bytes, settings: ImageSettings) -> Fram
     return opened
 
 
-def load_frame(opened: Frames, settings: ImageSettings, frame: int | None, identify: bool = True) -> StoredImage:
-    """Read a frame of a file, from any thread. See [`load_image`]."""
+def read_frame(opened: Frames, settings: ImageSettings, frame: int | None) -> Frame:
+    """Read a frame of a file, see [`load_image`]. Only one thread may do so: decoders are not made for several."""
     if frame is not None and not 1 <= frame <= opened.count:
         raise ImageProblem("missing", f"frame {frame} of {opened.count}")
     if frame is None and opened.count > 1 and settings.frames != "middle":
         choice = "middle, because a text is about one frame" if settings.frame_step else "middle, all or every:N"
         raise ImageProblem("several_frames", f"{opened.count} frames: name one (FILE#N), or set --frames to {choice}")
-    with opened.lock:
-        found = opened.read(opened.middle if frame is None else frame - 1)
-    with _decoding():
-        return _store(found, opened.groups, identify)
+    return opened.read(opened.middle if frame is None else frame - 1)
 
 
 def _store(frame: Frame, groups: dict[str, str], identify: bool) -> StoredImage:
-    data = frame.own_bytes or _png(frame.image)
-    names = (image_id(frame.image), groups, perceptual_hash(frame.image)) if identify else ("",)
-    return StoredImage(data, *names, note=frame.note)
+    with _decoding():
+        stored = StoredImage(frame.own_bytes or _png(frame.image), "", groups, note=frame.note)
+        if not identify:
+            return stored
+        return replace(stored, image_id=image_id(frame.image), near_hash=perceptual_hash(frame.image))
 
 
 def _bytes_of(path: Path, max_bytes: int) -> bytes:
@@ -254,8 +253,8 @@ def _formats() -> list[str]:
 
 def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: bool = False) -> Path:
     """
-    Find the file that `name` (from a data file) means. It must be in `directory` after all `..` and symbolic links;
-    with `follow_symlinks`, after all `..`.
+    Return the path of a file that a data file names. It must be in `directory` after all `..` and symbolic links; with
+    `follow_symlinks`, after all `..`.
 
     Raises:
         ImageProblem: `outside_image_folder`, or `missing` for a name that no file can have.
@@ -263,18 +262,18 @@ def resolve_inside(directory: str | os.PathLike, name: str, follow_symlinks: boo
     root = os.path.join(os.path.realpath(directory), "")
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         name = name.replace("\\", "/")  # a table from Windows
-    spellings = (name, *(normalize(form, name) for form in ("NFC", "NFD")))  # a Mac writes an umlaut as two characters
-    name = next((other for other in spellings if os.path.lexists(os.path.join(root, other))), name)
-    named = os.path.normpath(os.path.join(root, name))
+    forms = (name, *(normalize(form, name) for form in ("NFC", "NFD")))  # a Mac writes an umlaut as two characters
+    name = next((form for form in forms if os.path.lexists(os.path.join(root, form))), name)
+    unresolved = os.path.normpath(os.path.join(root, name))
     with image_problem("missing", (OSError, ValueError)):  # a name that is too long, or has a zero byte
         path = os.path.realpath(os.path.join(root, name))
     if path.startswith(root):
         return Path(path)
-    if not named.startswith(root):
+    if not unresolved.startswith(root):
         raise ImageProblem("outside_image_folder")
     if not follow_symlinks:
         raise ImageProblem("outside_image_folder", "by a symbolic link; --follow_symlinks true follows it")
-    return Path(named)  # not where the link leads: the files of a Hub snapshot lose their suffixes there
+    return Path(unresolved)  # not where the link leads: the files of a Hub snapshot lose their suffixes there
 
 
 class FolderImages:
@@ -290,21 +289,8 @@ class FolderImages:
 
     def __init__(self, directory: Path, settings: ImageSettings = _USUAL):
         self.directory, self.settings = directory, settings
-        self._lock = Lock()  # one thread opens a file of several frames, for all threads
+        self._lock = Lock()  # one thread opens a file of several frames, and reads them for all threads
         self._open_once = lru_cache(maxsize=2)(open_image)
-
-    def check(self, names: Sequence[str]) -> None:
-        """Refuse a directory that has none of the images, if another one near it has some of the first few."""
-
-        def has_any(directory: Path, names: Sequence[str]) -> bool:
-            return any(os.path.isfile(os.path.join(directory, _FRAME.sub("", name))) for name in names)
-
-        is_wrong = names and not has_any(self.directory, names)
-        if is_wrong and (near := did_you_mean(self.directory, lambda other: has_any(other, names[:10]))):
-            raise UserError(
-                f"image_folder {self.directory} has none of the images, for example {names[0]!r}.{near} "
-                "Correct image_folder."
-            )
 
     def find(self, name: str) -> tuple[Path, int | None]:
         """Return the file that a name means, and the number of the frame if it has one."""
@@ -332,29 +318,11 @@ class FolderImages:
     def load(self, name: str, identify: bool = True) -> StoredImage:
         """Read an image. See [`load_image`]."""
         path, frame = self.find(name)
-        try:
-            with self._lock if frame else nullcontext():
-                opened = (self._open_once if frame else open_image)(path, self.settings)
-        except ImageProblem as problem:
-            near = self._similar_file(path) if problem.reason == "missing" else ""
-            raise ImageProblem(problem.reason, f"{problem.detail}{near}") from None
-        opened.groups["file"] = os.path.relpath(path, os.path.realpath(self.directory))
-        return load_frame(opened, self.settings, frame, identify)
-
-    def _similar_file(self, path: Path) -> str:
-        """Name a file that differs from a missing one in case, suffix or directory only, for the end of a message."""
-        root = Path(os.path.realpath(self.directory))
-        found = (_files_by_stem(directory).get(_stem(path.name)) for directory in (path.parent, root))
-        return next((f". Did you mean {os.path.relpath(file, root)}?" for file in found if file), "")
-
-
-@lru_cache(maxsize=8)
-def _files_by_stem(directory: Path) -> dict[str, Path]:
-    return {_stem(file.name): file for file in directory.glob("*")}
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"\.[a-z]{2,5}$", "", name.casefold())  # not `.2`, as in the UIDs of DICOM
+        with self._lock if frame else nullcontext():
+            opened = (self._open_once if frame else open_image)(path, self.settings)
+            found = read_frame(opened, self.settings, frame)
+        file = os.path.relpath(path, os.path.realpath(self.directory))
+        return _store(found, opened.groups | {"file": file}, identify)
 
 
 @dataclass(frozen=True)

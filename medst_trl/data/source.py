@@ -52,6 +52,7 @@ from medst_trl.base.registry import Registry
 
 from . import cells
 from .cells import BadRecord
+from .image_settings import ImageSettings
 
 
 QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
@@ -306,8 +307,8 @@ class SourceRequest:
             The source's own settings, an object of its `settings` class.
         seed (`int`, *optional*, defaults to `0`):
             Seed for everything that the source samples.
-        follow_symlinks (`bool`, *optional*, defaults to `False`):
-            Whether to search directories behind symbolic links.
+        images ([`ImageSettings`], *optional*):
+            How to read the images.
         group_column (`str`, *optional*):
             Column or key with the group of a record, see [`Records`].
     """
@@ -316,7 +317,7 @@ class SourceRequest:
     image_folder: Path | None = None
     settings: Any = None
     seed: int = 0
-    follow_symlinks: bool = False
+    images: ImageSettings = field(default_factory=ImageSettings)
     group_column: str | None = None
 
 
@@ -349,8 +350,6 @@ class Source:
             there are compared on a re-run.
         image_folders (`tuple` of `str`, *optional*):
             Directories beside the data where images are searched first, unless `--image_folder` is given.
-        files (`tuple` of `str`, *optional*):
-            Names of its settings that are paths. They must exist, and are compared by content on a re-run.
     """
 
     name: str
@@ -363,7 +362,6 @@ class Source:
     reads_parquet: bool = False
     data_files: tuple[str, ...] | None = None
     image_folders: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
 
     def settings_from(self, values: Mapping[str, Any]) -> Any:
         """Return its settings with the `values` (of a recipe) that they have; None for a source without settings."""

@@ -6,13 +6,12 @@ import io
 import json
 
 import pytest
-from datasets import Dataset, List, Value
+from datasets import Dataset, List
 from datasets import Image as ImageColumn
 from fake_hub import client, serve_hub
 from PIL import Image
 
 from medst_trl.base.errors import UserError
-from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.loading import load_records
 from medst_trl.data.parquet import is_parquet, read_parquet
 from medst_trl.data.schema import text_of
@@ -40,9 +39,9 @@ def rows(start: int = 0, count: int = 3) -> list[dict]:
     ]
 
 
-def write(path, data: list[dict], column=ImageColumn) -> None:
+def write(path, data: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(data).cast_column("image", column()).to_parquet(path)
+    Dataset.from_list(data).cast_column("image", ImageColumn()).to_parquet(path)
 
 
 def hub_copy(directory) -> None:
@@ -53,9 +52,8 @@ def hub_copy(directory) -> None:
     (directory / "README.md").write_text("# VQA-RAD\n")
 
 
-def read(path, name="images", folder=None):
-    folder = folder or (path if path.is_dir() else path.parent)
-    return read_parquet(name, SourceRequest(path, folder), ImageSettings())
+def read(path, name="images"):
+    return read_parquet(name, SourceRequest(path))
 
 
 def prepare(directory, source, path, **arguments):
@@ -84,13 +82,7 @@ def test_a_copy_of_a_benchmark_is_prepared_by_its_source(tmp_path, source):
 def test_a_finished_run_reads_no_images_to_say_so(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy"
     hub_copy(copy)
-    write(tmp_path / "names.parquet", [{"image": "copy/a.png"}], lambda: Value("string"))
-    Image.new("L", (4, 4)).save(copy / "a.png")
     prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
-    prepare(tmp_path / "named", "images", tmp_path / "names.parquet")
-    Image.new("L", (5, 4)).save(copy / "a.png")
-    with pytest.raises(UserError, match="image_folder"):  # files that a table names are compared
-        prepare(tmp_path / "named", "images", tmp_path / "names.parquet")
     monkeypatch.setattr("medst_trl.data.parquet.read_parquet", None)
     prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
     assert "nothing to do" in capsys.readouterr().out
@@ -130,8 +122,7 @@ def test_the_split_of_one_file_is_in_its_name(tmp_path, name, split):
     assert {question.split for question in read(tmp_path / f"{name}.parquet").questions} == {split}
 
 
-def test_images_may_be_bytes_lists_or_file_names(tmp_path):
-    (tmp_path / "9.png").write_bytes(png(9))
+def test_images_may_be_bytes_or_lists(tmp_path):
     Dataset.from_list([{"image": png(7)}, {"image": png(8)}]).to_parquet(tmp_path / "bytes.parquet")
     pair = {
         "images": [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}],
@@ -139,27 +130,23 @@ def test_images_may_be_bytes_lists_or_file_names(tmp_path):
         "answer": "no",
     }
     Dataset.from_list([pair]).cast_column("images", List(ImageColumn())).to_parquet(tmp_path / "lists.parquet")
-    Dataset.from_list([{"image": "9.png"}, {"image": "../9.png"}]).to_parquet(tmp_path / "names.parquet")
     counts = prepare(tmp_path / "bytes", "images", tmp_path / "bytes.parquet")
     assert counts["datasets"] == {"images/train": {"images": 2}}
     counts = prepare(tmp_path / "lists", "images", tmp_path / "lists.parquet")
     assert counts["datasets"] == {"instruct/train": {"images": 2, "conversations": 1, "answers": 1}}
     shown = load_records(tmp_path / "lists" / "instruct", "train")[0]["images"]
     assert [image.getpixel((0, 0)) for image in shown] == [1, 2]
-    counts = prepare(tmp_path / "names", "images", tmp_path / "names.parquet")
-    assert (counts["datasets"], counts["rejected"]) == ({"images/train": {"images": 1}}, {"outside_image_folder": 1})
 
 
-def test_files_named_by_a_parquet_file_of_this_machine_are_read(tmp_path):
-    """`Dataset.to_parquet` stores the absolute paths of images, unlike `push_to_hub`."""
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.png").write_bytes(png(5))
-    data = [{"image": str(tmp_path / "elsewhere" / "a.png"), "question": "is it dark?", "answer": "yes"}] * 4
-    for split in ("train", "test"):
-        write(tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet", data)
-    records = read(tmp_path / "copy")
-    assert sorted(question.split for question in records.questions) == ["test"] * 4 + ["train"] * 4
-    assert prepare(tmp_path / "out", "images", tmp_path / "copy")["datasets"]["benchmark/test"]["questions"] == 4
+def test_names_of_files_in_place_of_images_are_rejected(tmp_path):
+    (tmp_path / "9.png").write_bytes(png(9))
+    for number, image in enumerate(["9.png", str(tmp_path / "9.png"), {"bytes": None, "path": "9.png"}]):
+        Dataset.from_list([{"image": image}]).to_parquet(tmp_path / f"{number}.parquet")
+        with pytest.raises(UserError, match=r"can be used: 1 no_image"):
+            prepare(tmp_path / f"out{number}", "images", tmp_path / f"{number}.parquet")
+    Dataset.from_list([{"images": [png(1), None]}, {"images": [png(2)]}]).to_parquet(tmp_path / "some.parquet")
+    counts = prepare(tmp_path / "some", "images", tmp_path / "some.parquet")
+    assert (counts["datasets"], counts["rejected"]) == ({"images/train": {"images": 1}}, {"no_image": 1})
 
 
 def test_unusable_rows_are_rejected(tmp_path):
@@ -169,7 +156,7 @@ def test_unusable_rows_are_rejected(tmp_path):
     data += [data[0] | {"image": {"bytes": None, "path": "img_1.png"}}]
     Dataset.from_list(data).to_parquet(tmp_path / "t.parquet")
     counts = prepare(tmp_path / "out", "images", tmp_path / "t.parquet")
-    assert counts["rejected"] == {"no_answer": 2, "no_image": 1, "no_question": 1, "not_an_image": 1, "missing": 1}
+    assert counts["rejected"] == {"no_answer": 2, "no_image": 2, "no_question": 1, "not_an_image": 1}
     assert counts["datasets"]["instruct/train"]["answers"] == 2
 
 
@@ -218,18 +205,6 @@ def test_a_misspelled_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
             prepare(tmp_path / "out", "images", path)
     with pytest.raises(UserError, match="data_path does not exist: org/data"):
         prepare(tmp_path / "out", "llava", "org/data")
-
-
-def test_file_names_in_a_directory_of_parquet_files_are_in_the_image_folder(tmp_path):
-    (tmp_path / "scans").mkdir()
-    for n in range(2):
-        (tmp_path / "scans" / f"{n}.png").write_bytes(png(n))
-    table = [{"image": f"{n}.png", "question": "Is it dark?", "answer": "yes"} for n in range(2)]
-    (tmp_path / "table").mkdir()
-    Dataset.from_list(table).to_parquet(tmp_path / "table" / "train.parquet")
-    for path in (tmp_path / "table", tmp_path / "table" / "train.parquet"):
-        counts = prepare(tmp_path / f"out_{path.name}", "images", path, image_folder=str(tmp_path / "scans"))
-        assert counts["datasets"]["instruct/train"]["images"] == 2
 
 
 def test_the_files_of_splits_may_have_other_columns(tmp_path):

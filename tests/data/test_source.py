@@ -117,7 +117,6 @@ def test_every_source_has_a_card_and_help_for_its_settings(name):
     assert source.summary and source.card.title
     settings = fields(source.settings) if source.settings else ()
     assert all(item.metadata["help"] for item in settings)
-    assert set(source.files) <= {item.name for item in settings}
 
 
 def test_records_with_the_settings_of_other_sources_are_resumed(tmp_path, capsys):

@@ -51,7 +51,7 @@ def read_folder(request: SourceRequest) -> Records:
     Whether a file is an image depends on its content, not its name; other files are rejected when they are read.
     """
     records = Records("images", request.data_path)
-    names = list(visible_files(request.data_path, follow_symlinks=request.follow_symlinks))
+    names = list(visible_files(request.data_path, follow_symlinks=request.images.follow_symlinks))
     records.conversations = [Conversation(name, (name,), []) for name in names]
     if not records.conversations:
         raise UserError(f"{request.data_path} holds no files. Correct the path to the images.")

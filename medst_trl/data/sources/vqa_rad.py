@@ -4,10 +4,9 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from medst_trl.base.settings import documented
 from medst_trl.data.cells import read_answer_type, text_value
 from medst_trl.data.overlap import plain_question
 from medst_trl.data.reading import find_file, read_json_records
@@ -18,20 +17,6 @@ IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder", "imgs")  # beside the questio
 RELEASE_FILE = "VQA_RAD Dataset Public.json"
 # The test split first: of two records with one id, the later one is rejected.
 MEVF_FILES = {"test": "*testset.json", "train": "*trainset.json"}
-
-
-@documented
-@dataclass
-class MevfSettings:
-    """
-    Settings of the source `vqa_rad_mevf`.
-
-    Args:
-        release_path (`str`, *optional*):
-            JSON file of the official release, which links paraphrases of a question. Default: beside the data.
-    """
-
-    release_path: str | None = None
 
 
 def read_vqa_rad(path: Path, image_folder: Path) -> Records:
@@ -50,18 +35,18 @@ def read_vqa_rad(path: Path, image_folder: Path) -> Records:
     return records
 
 
-def read_vqa_rad_mevf(path: Path, image_folder: Path, release: str | Path | None = None) -> Records:
+def read_vqa_rad_mevf(path: Path, image_folder: Path) -> Records:
     """
     Read the split of VQA-RAD by MEVF: a directory with `*trainset.json` and `*testset.json`.
 
     It has no links of its own, though its train split holds each fact in up to three wordings (free-form, paraphrase,
-    frame). They are taken from the official release (`release`, or the one in the same directory), where the image
-    and any wording of a question agree. Without a release, all questions of one image, type and answer count as
-    linked: too many rather than too few, so that no answer is given away.
+    frame). They are taken from the official release in the same directory, where the image and any wording of a
+    question agree. Without it, all questions of one image, type and answer count as linked: too many rather than too
+    few, so that no answer is given away.
     """
     records = Records("vqa_rad_mevf", image_folder)
-    release = release or next(iter(path.glob(RELEASE_FILE)), None)
-    links = _links(Path(release)) if release else None
+    release = path / RELEASE_FILE
+    links = _links(release) if release.exists() else None
 
     def fields(record: dict) -> dict:
         if links is None:
@@ -140,11 +125,9 @@ SOURCES.register(
     Source(
         name="vqa_rad_mevf",
         summary="the directory with MEVF's trainset.json and testset.json",
-        read=lambda request: read_vqa_rad_mevf(request.data_path, request.image_folder, request.settings.release_path),
+        read=lambda request: read_vqa_rad_mevf(request.data_path, request.image_folder),
         card=replace(_VQA_RAD_CARD, title="VQA-RAD in MEVF's split (radiology; images from MedPix)"),
-        settings=MevfSettings,
         data_files=(*MEVF_FILES.values(), RELEASE_FILE),
         image_folders=IMAGE_FOLDERS,
-        files=("release_path",),
     )
 )

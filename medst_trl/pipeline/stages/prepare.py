@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import visible_files, write_jsonl
+from medst_trl.base.files import did_you_mean, visible_files, write_jsonl
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import cores
@@ -144,11 +144,10 @@ def main(args: PrepareArguments, *others: Any) -> None:
     from medst_trl.data.images import FolderImages
 
     check(args, *others)
-    images = settings_among(others, ImageSettings)
     source, request = SOURCES.get(args.source), request_of(args, *others)
-    read = cache(lambda: _read(args, source, request, images))
+    read = cache(lambda: _read(args, source, request))
     groups = GroupIds(args.group_salt, args.group_by or "patient", args.group_column)
-    inputs = _inputs(source, request, images, read)
+    inputs = _inputs(source, request, read)
     if args.group_column or args.group_by:  # otherwise DICOM files may have groups, see `check_salt`
         inputs["group_salt"] = {"path": "group_salt", "sha256": salt_of(groups.of_key(""))}
     record = StageRecord.of(STAGE, replace(args, group_salt=None), *others, inputs=inputs)
@@ -156,37 +155,38 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if record.decision == "skip":
         return check_salt(output_dir / INDEX_FILE, groups)
     num_workers = args.num_workers or cores()
-    _set_limits_of_pil(images.max_pixels)
+    _set_limits_of_pil(request.images.max_pixels)
     with record:
         records = read()
-        reader = records.images or FolderImages(records.image_folder, images)
-        if isinstance(reader, FolderImages):
-            reader.check(records.image_names)
-            records = choose_frames(records, reader, num_workers).first(args.max_records)
-        index = index_images(records.image_names, reader, output_dir / INDEX_FILE, num_workers, groups)
+        if isinstance(records.images, FolderImages):
+            records = choose_frames(records, records.images, num_workers).first(args.max_records)
+        index = index_images(records.image_names, records.images, output_dir / INDEX_FILE, num_workers, groups)
         selection = {name: getattr(args, name) for name in ("validation_fraction", "near_copy_bits", "seed")}
         selection["disjoint"] = args.disjoint or ("image" if args.image_disjoint else "none")
         rows, rejected, counts = assemble(records, index, groups=groups, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
-            raise _nothing_usable(args, counts["rejected"], records.counts, rejected)
-        _write(rows, reader, output_dir, args.rows_per_shard, num_workers)
+            raise _nothing_usable(args, records, counts["rejected"], rejected)
+        _write(rows, records.images, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
 
 def _nothing_usable(
-    args: PrepareArguments, reasons: Mapping[str, int], notes: Mapping[str, Any], rejected: Sequence[Rejected]
+    args: PrepareArguments, records: Records, reasons: Mapping[str, int], rejected: Sequence[Rejected]
 ) -> UserError:
     if not rejected:
         where = f" in {args.data_path}" if args.data_path else ""
         return UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
-    first = next(item.as_row() for item in rejected if item.reason == next(iter(reasons)))
-    example = "" if args.group_column else f", for example {first['value'] or first['id']!r}"  # may name a patient
-    noted = (f"; {what.replace('_', ' ')}: {note}" for what, note in notes.items() if note)
+    first, names, near = next(iter(reasons)), records.image_names[:10], ""
+    if first == "missing":
+        near = did_you_mean(records.image_folder, lambda other: any((other / name).is_file() for name in names))
+    row = next(item.as_row() for item in rejected if item.reason == first)
+    example = "" if args.group_column else f", for example {row['value'] or row['id']!r}"  # may name a patient
     return UserError(
-        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}{example}{''.join(noted)}. "
-        f"Correct the data or the settings (see {Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
+        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}{example}."
+        f"{near and f' The images are not in {records.image_folder}.'}{near} Correct the data or the settings "
+        f"(see {Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
     )
 
 
@@ -209,11 +209,13 @@ def check(args: PrepareArguments, *others: Any) -> None:
         raise UserError(f"data_path is not set. The source {args.source!r} needs the path to its data.")
 
 
-def _read(args: PrepareArguments, source: Source, request: SourceRequest, images: ImageSettings) -> Records:
+def _read(args: PrepareArguments, source: Source, request: SourceRequest) -> Records:
+    from medst_trl.data.images import FolderImages
     from medst_trl.data.parquet import is_parquet, read_parquet
 
     from_parquet = source.reads_parquet and is_parquet(request.data_path)
-    records = read_parquet(source.name, request, images) if from_parquet else source.read(request)
+    records = read_parquet(source.name, request) if from_parquet else source.read(request)
+    records.images = records.images or FolderImages(records.image_folder, request.images)
     if args.group_column and not any(record.group for record in records) and (any(records) or not records.rejected):
         found = records.counts.get("columns_not_used", "none")
         raise UserError(
@@ -236,16 +238,16 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     """
     source = SOURCES.get(args.source)
     own, images = settings_among(others, source.settings), settings_among(others, ImageSettings)
-    request = SourceRequest(None, None, own, args.seed, images.follow_symlinks, args.group_column)
-    for name in source.files:
-        if path := getattr(request.settings, name):
-            _check_exists(name, Path(path))
+    request = SourceRequest(None, None, own, args.seed, images, args.group_column)
     if not source.needs_data:
         return request
     data_path = Path(args.data_path)
     if source.reads_parquet and is_only_on_hub(args.data_path):
         return replace(request, data_path=data_path)
-    _check_exists("data_path", data_path, f" to the data of {args.source!r}")
+    if not data_path.exists():
+        raise UserError(f"data_path does not exist: {data_path}. Correct the path to the data of {args.source!r}.")
+    if not (data_path.is_file() or data_path.is_dir()):
+        raise UserError(f"data_path is a pipe, a socket or a device: {data_path}. Save the data as a file.")
     directory = data_path if data_path.is_dir() else data_path.parent
     beside = [directory / name for name in source.image_folders if (directory / name).is_dir()]
     image_folder = Path(args.image_folder) if args.image_folder else (beside or [directory])[0]
@@ -253,39 +255,26 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
     return replace(request, data_path=data_path, image_folder=image_folder)
 
 
-def _check_exists(name: str, path: Path, what: str = "") -> None:
-    if not path.exists():
-        raise UserError(f"{name} does not exist: {path}. Correct the path{what}.")
-    if not (path.is_file() or path.is_dir()):
-        raise UserError(f"{name} is a pipe, a socket or a device: {path}. Save the data as a file.")
-
-
-def _inputs(
-    source: Source, request: SourceRequest, images: ImageSettings, read: Callable[[], Records]
-) -> dict[str, Any]:
+def _inputs(source: Source, request: SourceRequest, read: Callable[[], Records]) -> dict[str, Any]:
     """What the record compares by content: of directories, only the files that are read."""
     from medst_trl.data.images import FolderImages
-    from medst_trl.data.parquet import holds_images
+    from medst_trl.data.parquet import is_parquet
 
-    inputs = {"data_path": None, "image_folder": None}
-    inputs |= {name: getattr(request.settings, name) for name in source.files}
+    inputs, data_path = {"data_path": None, "image_folder": None}, request.data_path
     if not source.needs_data:
         return inputs
-    data_path, folder, used = request.data_path, request.image_folder, []
-    if not (source.reads_parquet and holds_images(data_path)):  # reading those takes long
-        records = read()
-        folder = records.image_folder or folder
-        reader = records.images or FolderImages(folder, images)
-        used = [*reader.files(records.image_names)] if isinstance(reader, FolderImages) else []
-    if not data_path.exists():  # on the Hub
+    if source.reads_parquet and is_parquet(data_path):  # with the images; reading those takes long
         return inputs | {"data_path": data_path}
+    records = read()
+    folder = records.image_folder or request.image_folder
+    used = list(FolderImages(folder, request.images).files(records.image_names))
     if not data_path.is_dir():
         return inputs | {"data_path": data_path, "image_folder": fingerprint(folder, used)}
     if source.data_files is None:
         names = list(visible_files(data_path))
     else:
-        patterns = (*source.data_files, *(["**/*.parquet"] if source.reads_parquet else []))
-        names = [path.relative_to(data_path).as_posix() for name in patterns for path in data_path.glob(name)]
+        found = (path for name in source.data_files for path in data_path.glob(name))
+        names = [path.relative_to(data_path).as_posix() for path in found]
     if not folder.resolve().is_relative_to(data_path.resolve()):
         return inputs | {"data_path": fingerprint(data_path, names), "image_folder": fingerprint(folder, used)}
     inside = folder.resolve().relative_to(data_path.resolve())

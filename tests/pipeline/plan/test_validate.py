@@ -284,5 +284,3 @@ def test_missing_inputs_are_reported_beside_invalid_settings(check):
 def test_missing_files_of_a_source_are_reported(check):
     code, out = check("--prepare.image_folder", "./none")
     assert code == 2 and "section prepare: image_folder: ./none does not exist" in out
-    code, out = check("--prepare.source", "vqa_rad_mevf", "--prepare.release_path", "./none.json")
-    assert code == 2 and "section prepare: release_path: ./none.json does not exist" in out

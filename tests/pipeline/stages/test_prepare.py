@@ -197,7 +197,6 @@ def test_invalid_settings_are_refused(tmp_path):
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"max_records": 0}, "max_records"),
         ({"num_workers": -1}, "num_workers"),
-        ({"source": "vqa_rad_mevf", "release_path": "none.json"}, "release_path does not exist: none.json"),
     ):
         with pytest.raises(UserError, match=match):
             prepare(tmp_path, **good | changes)
@@ -213,11 +212,12 @@ def test_the_error_for_an_image_folder_one_level_off_names_the_right_one(tmp_pat
     arguments = llava(tmp_path, [conversation(f"t{n}", f"train/{n}.png") for n in range(2)])
     meant = rf"Did you mean {tmp_path / 'images'}\?"
     for wrong in (tmp_path, tmp_path / "images" / "train"):
-        with pytest.raises(UserError, match=rf"{wrong} has none of the images, for example 'train/0.png'. {meant}"):
-            prepare(tmp_path, **arguments | {"image_folder": str(wrong)})
+        message = rf"can be used: 2 missing, for example 't.*The images are not in {wrong}\. {meant} Correct"
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path, **arguments | {"image_folder": str(wrong), "overwrite": True})
     with pytest.raises(UserError, match=rf"image_folder is not a directory: .*/images/images. {meant}"):
         prepare(tmp_path, **arguments | {"image_folder": str(tmp_path / "images" / "images")})
-    assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 2
+    assert len(load_records(prepare(tmp_path, **arguments, overwrite=True) / "instruct", "train")) == 2
 
 
 def test_each_image_of_a_directory_is_used_once(tmp_path):
