@@ -172,16 +172,13 @@ def _rows(
 def _notes(
     usable: Iterable[Conversation | Question], rows: Mapping, together: Counter, validation_fraction: float
 ) -> dict[str, Any]:
-    """Return what to report about groups and empty splits. `together` counts the images that belong together."""
+    """Return what to report about groups and an empty split. `together` counts the images that belong together."""
     largest, without = max(together.values(), default=0), [not record.group for record in usable if record.images]
-    train, validation = rows["instruct", "train"], rows["instruct", "validation"]
-    had_train = any(record.split == "train" for record in usable)
-    why = "too much belongs together" if largest > 1 else "no image was drawn; use a larger fraction or another seed"
+    is_empty = validation_fraction and rows["instruct", "train"] and not rows["instruct", "validation"]
     notes = {
         "records_without_group": not all(without) and sum(without),
         "images_kept_together": 2 * largest > together.total() >= 10 and f"{largest:,} of {together.total():,}",
-        "train_split": had_train and not (train or rows["images", "train"]) and "empty: all of it is in other splits",
-        "validation_split": validation_fraction and train and not validation and f"empty: {why}",
+        "validation_split": is_empty and "empty: set a larger validation_fraction or another seed",
     }
     return {name: note for name, note in notes.items() if note}
 

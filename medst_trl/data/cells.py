@@ -4,9 +4,7 @@
 
 import hashlib
 import re
-from ast import literal_eval
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from functools import cache, lru_cache
 from math import isfinite
 from pathlib import PurePosixPath
@@ -99,15 +97,11 @@ def optional_text(value: Any) -> str | None:
 
 def image_cell(value: Any) -> tuple[str, ...]:
     """
-    Return the file names in the field `image` of a table: one, several separated by `|`, or a list. In a text file, a
-    list is JSON or as Python writes it.
+    Return the file names in the field `image` of a table: one, several separated by `|`, or (in JSON) a list.
 
     Raises:
         BadRecord: `no_image` if there is none, or see [`text_value`].
     """
-    if isinstance(value, str) and value.strip().startswith("["):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = literal_eval(value.strip())
     if isinstance(value, str):
         value = [name for name in value.split("|") if name.strip()]
     names = value if isinstance(value, list | tuple) else [value]

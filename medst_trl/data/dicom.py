@@ -25,8 +25,6 @@ from .image_settings import ImageSettings
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
 
-warnings.filterwarnings("ignore", module="pydicom")  # about details of headers, which they may quote
-
 
 def open_dicom(data: bytes, settings: ImageSettings) -> Frames:
     """
@@ -40,6 +38,8 @@ def open_dicom(data: bytes, settings: ImageSettings) -> Frames:
     """
     import pydicom
 
+    # Warnings about details of headers may quote them. Not `catch_warnings`, which is not for several threads.
+    warnings.filterwarnings("ignore", module="pydicom")
     try:
         header = pydicom.dcmread(io.BytesIO(data), force=True)
         width, height = int(header.get("Columns") or 0), int(header.get("Rows") or 0)

@@ -243,10 +243,7 @@ def split_files(path: Path, split: str, kind: str | None = None) -> list[Path]:
     near, shard = _datasets_near(path, split, kind), _SHARD.fullmatch(path.name)
     if shard and int(shard["total"]) > 1:
         raise UserError(f"{path} is one of {int(shard['total'])} files of a split. Give its directory.{near}")
-    if path.suffix in _SUFFIXES:
-        named = _split_of(path) or "train"
-        raise UserError(f"{path} is the split {named!r} by its name, not {split!r}. Set that split, or rename it.")
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix not in _SUFFIXES:
         raise UserError(
             f"{path} is not a dataset, such as a .parquet or .jsonl file. `medst prepare` reads tables "
             "(--source images) and LLaVA's conversations (--source llava)."
@@ -262,11 +259,11 @@ def _find(path: Path, split: str) -> list[Path]:
     if path.is_file():
         shard = _SHARD.fullmatch(path.name)
         is_whole = path.suffix in _SUFFIXES and (shard is None or int(shard["total"]) == 1)
-        return [path] if is_whole and _may_be(path, split) else []
+        return [path] if is_whole and _can_be(path, split) else []
     if not path.is_dir():  # a pipe, a device
         return []
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return [path] if _may_be(path, split) else []
+        return [path] if _can_be(path, split) else []
     if (path / "dataset_dict.json").is_file():
         directories = sorted(file.parent for file in path.glob("*/state.json"))
         return [directory for directory in directories if split in (directory.name, _split_of(directory))][:1]
@@ -292,9 +289,10 @@ def _split_of(path: Path) -> str | None:
     return shard["split"] if shard else SPLIT_NAMES.get(re.match("[a-z]*", path.name.lower())[0])
 
 
-def _may_be(path: Path, split: str) -> bool:
+def _can_be(path: Path, split: str) -> bool:
     """Whether a file or a directory of `save_to_disk` is this split: any but validation, unless its name says so."""
-    return split == (_split_of(path) or ("" if split == "validation" else split))
+    named = _split_of(path)
+    return split == named if named else split != "validation"
 
 
 def splits_in(directory: str | PathLike) -> list[str]:

@@ -36,7 +36,6 @@ _NOT_TEXT = {
     b"\xff\xfe": 'is UTF-16, as Excel\'s "Unicode text": save it as UTF-8',
     b"\xfe\xff": "is UTF-16: save it as UTF-8",
 }
-RENAME = "Rename its columns: image with question and answer, or with caption."
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
@@ -143,11 +142,6 @@ def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterat
     text = read_text_file(path, notes=notes)
     start = _BETWEEN.match(text).end()
     is_array = text[start : start + 1] == "["
-    if not is_array and (columns := _columns(text, key)):
-        raise UserError(
-            f"{path} is one object with the keys {', '.join(columns[:5])}. Save the records as an array of objects, "
-            "or one object per line (in pandas: orient='records')."
-        )
     if start == len(text) or not (is_array or text[start] == "{" or path.suffix.lower() in (".jsonl", ".ndjson")):
         raise UserError(f"{path} holds no records: expected a JSON array of objects, or one object per line.")
     if is_array:
@@ -159,16 +153,6 @@ def read_json_records(path: Path, key: str, notes: dict | None = None) -> Iterat
         if not isinstance(item, dict | Rejected):
             item = Rejected("", "not_an_object", type(item).__name__)
         yield position, replace(item, id=f"{path.name}#{position}") if isinstance(item, Rejected) else item
-
-
-def _columns(text: str, key: str) -> list[str]:
-    """Return the keys of a text that is one object of columns, and not a record, which may have lists."""
-    with suppress(ValueError, RecursionError):
-        whole = json.loads(text)
-        if isinstance(whole, dict) and all(isinstance(value, dict | list) for value in whole.values()):
-            is_record = key in column_names(whole, key) and any(isinstance(value, list) for value in whole.values())
-            return [] if is_record else list(whole)
-    return []
 
 
 def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
@@ -209,13 +193,7 @@ def read_json_rows(path: Path, key: str, notes: dict | None = None) -> Iterator[
 
 
 def read_rows(
-    path: Path,
-    needed: Sequence[str] = ("image",),
-    notes: dict | None = None,
-    *,
-    advice: str = RENAME,
-    instead: str = "save the sheet as CSV UTF-8",
-    as_written: bool = False,
+    path: Path, needed: Sequence[str] = ("image",), notes: dict | None = None, as_written: bool = False
 ) -> Iterator[tuple[int, dict | Rejected]]:
     """
     Read the rows of a table: `.jsonl` / `.json` objects, `.xlsx` (the first sheet), or text with a header. Columns are
@@ -229,8 +207,6 @@ def read_rows(
         path (`pathlib.Path`): The table.
         needed (sequence of `str`, *optional*, defaults to `("image",)`): The columns that it must have.
         notes (`dict`, *optional*): Receives what to report about the file, see [`read_text_file`].
-        advice (`str`, *optional*): What to do if it lacks a column, for the message.
-        instead (`str`, *optional*): What to do if a workbook cannot be read, for the message.
         as_written (`bool`, *optional*, defaults to `False`):
             Whether a program has written the texts: then a `.tsv` file has quotes, and what looks like a formula is
             text.
@@ -243,12 +219,11 @@ def read_rows(
         yield from read_json_rows(path, needed[0], notes)
         return
     if suffix in (".xlsx", ".xlsm"):
-        rows = _workbook(path, instead, notes, as_written)
+        rows = _workbook(path, notes, as_written)
     else:
         rows = _text_table(path, needed[0], notes, as_written)
     header = column_names(next(rows, (0, ()))[1], needed[0])
-    is_quoted = any(name.startswith('"') for name in header)
-    check_header(header, needed, path, "Quotes are text in a .tsv file: name it .csv." if is_quoted else advice)
+    check_header(header, needed, path)
     for position, (number, cells) in enumerate(rows):
         name = f"{path.name}#line {number}"
         if cells is None:
@@ -259,7 +234,7 @@ def read_rows(
             yield position, dict(zip(header, cells))
 
 
-def _workbook(path: Path, instead: str, notes: dict | None, formulas: bool) -> Iterator[tuple[int, list[Any]]]:
+def _workbook(path: Path, notes: dict | None, formulas: bool) -> Iterator[tuple[int, list[Any]]]:
     """
     Yield the rows of the first sheet of an `.xlsx` file that are not empty, with their numbers. Empty cells and errors
     such as `#N/A` are `""`. All rows have the length of the first one, unless they have further values.
@@ -268,7 +243,7 @@ def _workbook(path: Path, instead: str, notes: dict | None, formulas: bool) -> I
         from openpyxl import load_workbook
         from openpyxl.utils.escape import unescape  # openpyxl leaves `_x000D_`, a carriage return, unchanged
     except ImportError:
-        raise UserError(f"Reading .xlsx needs openpyxl: install medst_trl[xlsx], or {instead}.") from None
+        raise UserError("Reading .xlsx needs openpyxl: install medst_trl[xlsx], or save the sheet as CSV.") from None
     try:
         book = load_workbook(path, read_only=True, data_only=not formulas)
         sheet = book.worksheets[0]
@@ -284,7 +259,7 @@ def _workbook(path: Path, instead: str, notes: dict | None, formulas: bool) -> I
             if used:
                 yield number, cells[: max(used, width)] + [""] * (width - len(cells))
     except Exception as error:  # zipfile, XML and openpyxl raise many for an invalid workbook
-        raise UserError(f"{path} cannot be read as a workbook ({error}). Correct it, or {instead}.") from None
+        raise UserError(f"{path} cannot be read as a workbook ({error}). Save the sheet as CSV UTF-8.") from None
 
 
 def _text_table(
@@ -354,15 +329,11 @@ def _kind_of_name(name: str) -> str:
     return "image" if suffix in image_suffixes() else re.sub(r"\d+", "0", suffix or name)
 
 
-def check_header(header: Collection[str], needed: Collection[str], path: Path, advice: str = RENAME) -> None:
-    """
-    Refuse a table that lacks a column, or has two of one name, of which one would be lost.
-
-    Raises:
-        UserError: naming the columns.
-    """
+def check_header(header: Collection[str], needed: Collection[str], path: Path) -> None:
+    """Refuse a table that lacks a column, or has two of one name, of which one would be lost."""
     if missing := [name for name in needed if name not in header]:
         names, found = ", ".join(f"`{name}`" for name in missing), ", ".join(header) or "none"
-        raise UserError(f"{path} has no column {names} (it has {found}). {advice}")
+        quotes = " Quotes are text in a .tsv file: name it .csv." if any('"' in name for name in header) else ""
+        raise UserError(f"{path} has no column {names} (it has {found}). Rename its columns.{quotes}")
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         raise UserError(f"{path} has several columns {', '.join(f'`{name}`' for name in repeated)}. Keep one of each.")

@@ -112,18 +112,6 @@ def test_a_file_without_records_is_refused(tmp_path, text):
         read(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{"Question": {"0": "a"}, "image": {"0": "b"}}, {"columns": ["question"], "data": [["a"]]}, {"data": GOOD}],
-)
-@pytest.mark.parametrize("indent", [None, 2])
-def test_an_object_of_columns_or_of_lists_is_refused(tmp_path, content, indent):
-    if "Question" in content and indent:
-        content = {"a": content}
-    with pytest.raises(UserError, match=r"is one object with the keys .* \(in pandas: orient='records'\)"):
-        read(tmp_path, json.dumps(content, indent=indent))
-
-
 def test_a_single_record_is_read(tmp_path):
     assert read(tmp_path, json.dumps({"question": ["a"]})) == ([{"question": ["a"]}], [])
 

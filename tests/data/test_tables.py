@@ -348,7 +348,7 @@ def test_formulas_are_not_read_as_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.xlsx", b"no workbook", "cannot be read as a workbook .*Correct it, or save the sheet as CSV UTF-8"),
+        ("t.xlsx", b"no workbook", "cannot be read as a workbook .*Save the sheet as CSV UTF-8"),
         ("t.csv", b"PK\x03\x04..", "name it .xlsx, or save the sheet as CSV UTF-8"),
         ("t.xls", b"\xd0\xcf\x11\xe0..", "an Excel workbook of an old version: save it as .xlsx or CSV UTF-8"),
         ("t.csv", b"PAR1..", "is a Parquet file: name it .parquet"),
@@ -482,7 +482,7 @@ def test_rows_of_json_with_missing_values_stay_images_or_are_rejected(tmp_path):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cell", ["0.png|1.png", " 0.png | 1.png|", '["0.png", "1.png"]', "['0.png', '1.png']"])
+@pytest.mark.parametrize("cell", ["0.png|1.png", " 0.png | 1.png|"])
 @SUFFIXES
 def test_several_images_in_a_cell_are_one_conversation(tmp_path, cell, suffix):
     rows = [{"image": cell, "question": "What has changed?", "answer": "nothing", "caption": "Two scans."}]
@@ -535,8 +535,7 @@ def test_captions_of_another_split_are_no_training_data(tmp_path):
 
 def test_a_table_whose_columns_of_questions_have_other_names_is_noted(tmp_path):
     table = write_table(tmp_path / "t.csv", [{"image": "0.png", "Frage": "Q?", "": "0"}])
-    counts = read_table(SourceRequest(table, tmp_path)).counts
-    assert counts["columns_not_used"] == "frage" and counts["questions"].startswith("none")
+    assert read_table(SourceRequest(table, tmp_path)).counts["columns_not_used"] == "frage"
 
 
 def test_rows_with_the_id_of_another_one_are_renamed_and_copies_rejected(tmp_path):

@@ -55,8 +55,6 @@ def read_folder(request: SourceRequest) -> Records:
     records.conversations = [Conversation(name, (name,), []) for name in names]
     if not records.conversations:
         raise UserError(f"{request.data_path} holds no files. Correct the path to the images.")
-    if tables := [name for name in names if name.lower().endswith((".csv", ".tsv", ".xlsx", ".parquet"))]:
-        records.counts["tables_not_read"] = f"{', '.join(tables[:3])} (to read a table, set data_path to it)"
     return records
 
 
@@ -76,8 +74,6 @@ def read_table(request: SourceRequest) -> Records:
         return read_folder(request)
     records = Records("images", request.image_folder, group_column=request.group_column)
     records.collect(read_rows(request.data_path, notes=records.counts), question_or_image, used=QUESTION_COLUMNS)
-    if not records.questions and "columns_not_used" in records.counts:
-        records.counts["questions"] = "none, as no row has a value in the column question or answer"
     return records
 
 

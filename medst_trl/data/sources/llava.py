@@ -77,9 +77,7 @@ def llava_messages(turns, num_images: int) -> list[dict]:
     """Convert the turns of one conversation to messages, see [`read_llava`]. Raises [`BadRecord`] with its reasons."""
     if not isinstance(turns, list) or not turns:
         raise BadRecord("no_conversation", turns)
-    messages = []
-    for turn in turns:
-        messages.append(_message(turn, previous=messages[-1]["role"] if messages else None))
+    messages = [_message(turn, number) for number, turn in enumerate(turns)]
     if messages[-1]["role"] == "user":
         raise BadRecord("ends_with_question", messages[-1]["content"][-1]["text"])
     placeholders = sum(part["type"] == "image" for turn in messages for part in turn["content"])
@@ -90,22 +88,19 @@ def llava_messages(turns, num_images: int) -> list[dict]:
     return messages
 
 
-def _message(turn, previous: str | None) -> dict:
+def _message(turn, number: int) -> dict:
+    """Read a turn. The user has the first one, then both alternate."""
     if not isinstance(turn, dict):
         raise BadRecord("no_conversation", turn)
-    speaker = turn.get("from", turn.get("role"))
-    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = ROLES.get(str(speaker).strip().lower())
     if role is None:
         raise BadRecord("unknown_role", speaker)
-    if role == previous:
-        raise BadRecord("same_role_twice", speaker)
-    read = answer_text if role == "assistant" else text_value
-    text = read(turn.get("value", turn.get("content")), missing="empty_turn")
+    if role != ("user", "assistant")[number % 2]:
+        raise BadRecord("same_role_twice" if number else "starts_with_answer", speaker)
     if role == "assistant":
-        if previous is None:
-            raise BadRecord("starts_with_answer", text)
-        return message(role, [text_part(text)])
-    content = split_at_images(text)
+        return message(role, [text_part(answer_text(text, missing="empty_turn"))])
+    content = split_at_images(text_value(text, missing="empty_turn"))
     if all(part["type"] == "image" for part in content):
         raise BadRecord("empty_turn", text)
     return message(role, content)

@@ -40,6 +40,6 @@ PREDICTION_FORMATS.register(
             path.suffix.lower() in (".tsv", ".csv", ".xlsx") or first.keys() >= {"index", "prediction"}
         ),
         record=_record,
-        rows=partial(read_rows, advice=_EXPECTED, instead="let VLMEvalKit write PRED_FORMAT=tsv", as_written=True),
+        rows=partial(read_rows, as_written=True),
     )
 )
