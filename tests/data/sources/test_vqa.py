@@ -10,9 +10,7 @@ import pytest
 from medst_trl.base.errors import UserError
 from medst_trl.data.assemble import by_image, conversations_about_image, hold_out, linked_groups
 from medst_trl.data.schema import text_of
-from medst_trl.data.sources.pathvqa import read_pathvqa
-from medst_trl.data.sources.slake import SLAKE_FILES, read_slake
-from medst_trl.data.sources.vqa_rad import read_vqa_rad, read_vqa_rad_mevf
+from medst_trl.data.sources.vqa import SLAKE_FILES, read_pathvqa, read_slake, read_vqa_rad, read_vqa_rad_mevf
 
 
 def test_counts_equal_those_that_papers_report(source, expected):

@@ -15,8 +15,7 @@ from random_images import random_image
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.data.loading import load_records
-from medst_trl.data.sources.pathvqa import PATHVQA_FILES, PathVqaSettings
-from medst_trl.data.sources.slake import SLAKE_FILES, SlakeSettings
+from medst_trl.data.sources.vqa import PATHVQA_FILES, SLAKE_FILES, PathVqaSettings, SlakeSettings
 from medst_trl.evaluation.vqa import questions_of
 from medst_trl.pipeline.lineage import check_contamination
 from medst_trl.pipeline.stages import evaluate, prepare
