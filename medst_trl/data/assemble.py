@@ -11,20 +11,16 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .cells import published_id
 from .groups import NEAR_COPY_BITS, GroupIds, Grouping, representatives
 from .overlap import Inventory, plain_question
-from .schema import dialogue
+from .schema import QUESTION_FIELDS, dialogue
 from .source import Conversation, Question, Records, Rejected
 
 
-if TYPE_CHECKING:
-    from .image_index import ImageIndex
-
-
-# What the counts of the overlap call the relations of `Inventory.relation`, and those for which `disjoint` removes.
+# Names of the relations of `Inventory.relation` in the counts, and those for which `disjoint` removes records.
 _SHARED = {"question": "pairs", "image": "images", "near_copy": "near_copies", "group": "groups"}
 _REMOVED_FOR = {"none": ("question",), "image": ("question", "image", "near_copy"), "group": tuple(_SHARED)}
 
@@ -51,7 +47,7 @@ class Datasets(NamedTuple):
 
 def assemble(
     records: Records,
-    index: "ImageIndex",
+    index: Mapping[str, Mapping[str, Any]],
     *,
     groups: GroupIds | None = None,
     near_copy_bits: int = NEAR_COPY_BITS,
@@ -65,8 +61,9 @@ def assemble(
     Args:
         records ([`Records`]):
             From a source.
-        index ([`~medst_trl.data.image_index.ImageIndex`]):
-            Of their images. A record with an image that cannot be used is rejected for the image's reason.
+        index (`dict`):
+            Their images, see [`~medst_trl.data.image_index.index_images`]. A record with an image that cannot be used
+            is rejected for the image's reason.
         groups ([`GroupIds`], *optional*):
             Makes the group ids of records that name a group.
         near_copy_bits (`int`, *optional*, defaults to `NEAR_COPY_BITS`):
@@ -74,105 +71,122 @@ def assemble(
         disjoint:
             See [`hold_out`].
         validation_fraction, seed:
-            See [`split_off_validation`].
+            About this fraction of the images is moved, with all their conversations, from train to validation. Which
+            depends only on the images and the seed, not on their order or on other records of the source. What
+            belongs together stays together. A conversation without an image or a group is drawn by its id.
     """
-    from .near_copies import near_copies  # loads NumPy and Pillow
-
-    image_ids, groups = index.image_ids, groups or GroupIds()
+    groups = groups or GroupIds()
     if not validation_fraction and all(record.split == "train" for record in records):
         near_copy_bits = 0  # there is nothing to keep apart
-    usable, members, rejected = _usable(records, index, groups)
-    near = near_copies(index.hashes, index.hashes, near_copy_bits)
-    plain = {image_id for image_id, code in index.hashes.items() if code is None}
-    grouping = Grouping(members, near, plain)
-    usable = [replace(record, group=grouping.group(*own)) for record, own in zip(usable, members)]
-    # The index of an interrupted run of version 0.1.0 has no hashes.
-    is_compared = near_copy_bits and {*image_ids.values()} <= index.hashes.keys()
-    splits, overlap, removed = hold_out(usable, image_ids, disjoint, near if is_compared else None)
+    found, rejected = _usable(records, index, groups)
+    near, plain, is_compared = _near_copies(index, near_copy_bits)
+    grouping = Grouping([(record.image_ids, own) for record, own in found], near, plain)
+    usable = _grouped(found, grouping, groups, has_files=records.image_folder is not None)
+    splits, overlap, removed = hold_out(usable, disjoint, near if is_compared else None)
     for split in ("test", "validation"):  # they have kept others out of train
-        found = [(item, _why_in_no_dataset(item)) for item in splits[split]]
-        rejected += [Rejected(item.id, reason, "|".join(item.images)) for item, reason in found if reason]
-        splits[split] = [item for item, reason in found if not reason]
-    rows, drawn = _rows(records.name, splits, image_ids, grouping, validation_fraction, seed)
+        reasons = [(item, _why_in_no_dataset(item)) for item in splits[split]]
+        rejected += [Rejected(item.id, reason, "|".join(item.images)) for item, reason in reasons if reason]
+        splits[split] = [item for item, reason in reasons if not reason]
+    rows, drawn = _rows(records.name, splits, validation_fraction, seed)
     rejected += removed + drawn
-    together = {image_ids[name]: _joined(record, image_ids, grouping) for record in usable for name in record.images}
-    notes = overlap if records.questions else {}
-    notes |= _notes(usable, rows, Counter(together.values()), validation_fraction)
+    noted = {entry["image_id"]: entry["note"] for entry in index.values() if entry.get("note")}
+    notes = {**records.counts, **Counter(noted.values()), **(overlap if records.questions else {})}
+    notes |= _notes(usable, rows, validation_fraction)
     if is_compared and plain and splits["test"]:
         notes["images_too_plain_to_find_near_copies"] = len(plain)
     if (disjoint == "group" or groups.level == "directory") and not any(record.group for record in usable):
         notes["groups"] = "none. Set --group_column or --group_by."
     counts = {
         "datasets": {f"{kind}/{split}": _count(made) for (kind, split), made in rows.items() if made},
-        "notes": {**records.counts, **index.notes, **notes},
+        "notes": notes,
         "rejected": dict(Counter(item.reason for item in rejected).most_common()),
     }
     return Datasets(rows, rejected, counts)
 
 
 def _usable(
-    records: Records, index: "ImageIndex", groups: GroupIds
-) -> tuple[list[Conversation | Question], list[tuple[list[str], list[str]]], list[Rejected]]:
-    """Return the usable records, the images and groups of each, and the rejected records."""
-    usable, members, rejected, unlabelled = [], [], list(records.rejected), {}
+    records: Records, index: Mapping[str, Mapping[str, Any]], groups: GroupIds
+) -> tuple[list[tuple[Conversation | Question, list[str | None]]], list[Rejected]]:
+    """Return the usable records with the ids of their images, each with its group ids, and the rejected records."""
+    usable, rejected, unlabeled = [], list(records.rejected), {}
     for record in records:
-        problem = next((index.problems[name] for name in record.images if name in index.problems), None)
-        if problem is not None:
-            rejected.append(replace(problem, id=record.id))
+        entries = [index[name] for name in record.images]
+        if problem := next((entry for entry in entries if "reason" in entry), None):
+            rejected.append(Rejected(record.id, problem["reason"], problem["detail"]))
             continue
-        ids, own = [index.image_ids[name] for name in record.images], groups.of_key(record.group)
-        found = [index.group_ids.get(name) for name in record.images]
+        record = replace(record, image_ids=tuple(entry["image_id"] for entry in entries))
         if isinstance(record, Conversation) and not record.messages:
-            if (known := unlabelled.setdefault((ids[0], record.split), record)) is not record:  # each once
+            known = unlabeled.setdefault((record.image_ids[0], record.split), record)
+            if known is not record:  # each once
                 rejected.append(Rejected(record.id, "duplicate_image", known.images[0]))
                 continue
-            record = replace(record, id=f"image-{ids[0][:16]}")
+        own = groups.of_key(record.group)
+        usable.append((record, [own] if own else [entry.get("group_id") for entry in entries]))
+    return usable, rejected
+
+
+def _near_copies(index: Mapping[str, Mapping[str, Any]], bits: int) -> tuple[dict[str, set[str]], set[str], bool]:
+    """Return the near copies among all images, the plain images, and whether near copies were looked for."""
+    from .near_copies import near_copies  # loads NumPy and Pillow
+
+    good = [entry for entry in index.values() if "image_id" in entry]
+    hashes = {entry["image_id"]: entry["near_hash"] for entry in good if "near_hash" in entry}
+    plain = {image_id for image_id, code in hashes.items() if code is None}
+    has_all = len(hashes) == len({entry["image_id"] for entry in good})  # not so in a run begun by version 0.1.0
+    return near_copies(hashes, hashes, bits), plain, bool(bits) and has_all
+
+
+def _grouped(found: Iterable, grouping: Grouping, groups: GroupIds, has_files: bool) -> list[Conversation | Question]:
+    """Return the records with what they share with others, and with ids and links that may be published."""
+    grouped = []
+    for record, own in found:
+        group = grouping.group(record.image_ids, own)
+        if isinstance(record, Conversation) and not record.messages:
+            names = {"id": f"image-{record.image_ids[0][:16]}"}
         else:
-            files = record.images if records.image_folder else ()
-            names = {name: value for name in ("id", "link") if (value := getattr(record, name, None))}
-            names = {key: published_id(name, files, record.group, found, groups.of_key) for key, name in names.items()}
-            record = replace(record, **names)
-        usable.append(record)
-        members.append((ids, [own] if own else found))
-    return usable, members, rejected
+            files, keyed = record.images if has_files else (), groups.of_key if group else None
+            given = {name: getattr(record, name, None) for name in ("id", "link")}
+            names = {name: published_id(value, files, keyed) for name, value in given.items() if value}
+        record = replace(record, group=group, **names)
+        grouped.append(replace(record, split_key=grouping.of(record.image_ids, group, record.id)))
+    return grouped
 
 
 def _why_in_no_dataset(record: Conversation | Question) -> str | None:
     """Return the reason for a record of test or validation. A benchmark has questions, and one image per row."""
     if isinstance(record, Conversation) and not record.messages:
         return f"unlabeled_{record.split}_image"
-    if record.split == "test" and (isinstance(record, Conversation) or record.more_images):
+    if record.split == "test" and (isinstance(record, Conversation) or len(record.images) > 1):
         return "test_caption" if isinstance(record, Conversation) else "several_test_images"
     return None
 
 
 def _rows(
-    name: str, splits: Mapping[str, list], image_ids: Mapping[str, str], grouping: Grouping, fraction: float, seed: int
+    name: str, splits: Mapping[str, list], fraction: float, seed: int
 ) -> tuple[dict[tuple[str, str], list[dict]], list[Rejected]]:
     """Return the rows of all datasets, and the unlabeled images that belong to what was drawn for validation."""
-    talks = [record for record in splits["validation"] + splits["train"] if not isinstance(record, Question)]
-    conversations = [record for record in talks if record.messages]
+    others = [record for record in splits["validation"] + splits["train"] if isinstance(record, Conversation)]
+    conversations = [record for record in others if record.messages]
     for split in ("validation", "train"):
         questions = [record for record in splits[split] if isinstance(record, Question)]
-        for images, about in by_image(questions, image_ids).items():
+        for images, about in by_image(questions).items():
             prefix = "-".join([name, split, *(image[:16] for image in images)])
             conversations += conversations_about_image(prefix, about)
-    divided = split_off_validation(conversations, image_ids, fraction, seed, grouping)
-    drawn = {_joined(new, image_ids, grouping) for old, new in zip(conversations, divided) if new.split != old.split}
-    unlabelled = [record for record in talks if not record.messages]
-    left_out = [record for record in unlabelled if _joined(record, image_ids, grouping) in drawn]
-    unlabelled = [record for record in unlabelled if _joined(record, image_ids, grouping) not in drawn]
-    by_split = {name: [item for item in divided if item.split == name] for name in ("train", "validation")}
-    rows = {("benchmark", "test"): _benchmark_rows(splits["test"], image_ids)}
-    rows |= {("instruct", name): _instruct_rows(items, image_ids) for name, items in by_split.items()}
-    rows["images", "train"] = _instruct_rows(unlabelled, image_ids)
+    drawn = {one.split_key for one in conversations if one.split == "train" and draw(one.split_key, seed) < fraction}
+    sides = {"train": [], "validation": []}
+    for one in conversations:
+        sides["validation" if one.split_key in drawn else one.split].append(one)
+    unlabeled = [record for record in others if not record.messages]
+    rows = {("benchmark", "test"): _benchmark_rows(splits["test"])}
+    rows |= {("instruct", split): _instruct_rows(side) for split, side in sides.items()}
+    rows["images", "train"] = _instruct_rows(record for record in unlabeled if record.split_key not in drawn)
+    left_out = [record for record in unlabeled if record.split_key in drawn]
     return rows, [Rejected(record.id, "drawn_for_validation", record.images[0]) for record in left_out]
 
 
-def _notes(
-    usable: Iterable[Conversation | Question], rows: Mapping, together: Counter, validation_fraction: float
-) -> dict[str, Any]:
-    """Return what to report about groups and an empty split. `together` counts the images that belong together."""
+def _notes(usable: Collection[Conversation | Question], rows: Mapping, validation_fraction: float) -> dict[str, Any]:
+    """Return what to report about groups and an empty split."""
+    together = Counter({image: record.split_key for record in usable for image in record.image_ids}.values())
     largest, without = max(together.values(), default=0), [not record.group for record in usable if record.images]
     is_empty = validation_fraction and rows["instruct", "train"] and not rows["instruct", "validation"]
     notes = {
@@ -194,12 +208,12 @@ def _count(rows: list[dict]) -> dict[str, int]:
     return {"images": images} | counts | ({"conversations": len(rows), "answers": answers} if answers else {})
 
 
-def _instruct_rows(conversations: Iterable[Conversation], image_ids: Mapping[str, str]) -> list[dict]:
+def _instruct_rows(conversations: Iterable[Conversation]) -> list[dict]:
     return [
         {
             "id": conversation.id,
             "images": list(conversation.images),
-            "image_ids": _ids(conversation, image_ids),
+            "image_ids": list(conversation.image_ids),
             "messages": conversation.messages,
             "group_id": conversation.group,
         }
@@ -207,21 +221,21 @@ def _instruct_rows(conversations: Iterable[Conversation], image_ids: Mapping[str
     ]
 
 
-def _benchmark_rows(questions: Iterable[Question], image_ids: Mapping[str, str]) -> list[dict]:
-    columns = ("id", "question", "answer", "answer_type", "question_type", "link")
+def _benchmark_rows(questions: Iterable[Question]) -> list[dict]:
     return [
         {
             "image_id": image,
-            "image": about[0].image,
-            "questions": [{name: getattr(question, name) for name in columns} for question in about],
-            "group_id": _group_of(about),
+            "image": about[0].images[0],
+            "questions": [{name: getattr(question, name) for name in QUESTION_FIELDS} for question in about],
+            "group_id": _with_group(about).group,
         }
-        for (image,), about in by_image(questions, image_ids).items()
+        for (image,), about in by_image(questions).items()
     ]
 
 
-def _group_of(questions: Iterable[Question]) -> str | None:
-    return next((question.group for question in questions if question.group), None)
+def _with_group(questions: Collection[Question]) -> Question:
+    """Return the first question that has a group, if any has. About a plain image, some may have none."""
+    return next((question for question in questions if question.group), next(iter(questions)))
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
@@ -229,7 +243,6 @@ def _group_of(questions: Iterable[Question]) -> str | None:
 
 def hold_out(
     records: Collection[Conversation | Question],
-    image_ids: Mapping[str, str],
     disjoint: str = "none",
     near: Mapping[str, Set[str]] | None = None,
 ) -> tuple[dict[str, list[Conversation | Question]], dict[str, int], list[Rejected]]:
@@ -241,9 +254,7 @@ def hold_out(
 
     Args:
         records (collection of [`Conversation`] or [`Question`]):
-            All that can be used, with group ids.
-        image_ids (`dict`):
-            Name of an image to its `image_id`; equal images under two names are one.
+            All that can be used, with `image_ids` and group ids. Equal images under two names are one.
         disjoint (`str`, *optional*, defaults to `"none"`):
             What else is removed: with `"image"`, everything about an image of the later split or a near copy of it;
             with `"group"`, also everything about a group of the later split.
@@ -259,7 +270,7 @@ def hold_out(
           `group_in_test`, and as value its images, followed by the question, image or group that the later split has.
     """
     by_split = {split: [item for item in records if item.split == split] for split in ("test", "validation", "train")}
-    names = {image_id: name for name, image_id in image_ids.items()}
+    names = {image_id: name for record in records for image_id, name in zip(record.image_ids, record.images)}
     counts, removed = {"images_in_train_and_test": 0}, []
     if by_split["test"]:
         counts |= {"near_copies_in_train_and_test": 0} if near is not None else {}
@@ -267,15 +278,14 @@ def hold_out(
     for held, other in (("test", "validation"), ("test", "train"), ("validation", "train")):
         inventory, shared, kept = Inventory(near=near or {}), defaultdict(set), []
         for record in by_split[held]:
-            inventory.add_record(_ids(record, image_ids), record.group, _asked(record))
+            inventory.add_record(record.image_ids, record.group, _asked(record))
         for record in by_split[other]:
-            ids = _ids(record, image_ids)
-            relation, value = inventory.relation(ids, record.group, next(iter(_asked(record)), None))
+            relation, value = inventory.relation(record.image_ids, record.group, next(iter(_asked(record)), None))
             shared[inventory.relation([], record.group)[0]].add(record.group)
-            for image in ids:
+            for image in record.image_ids:
                 shared[inventory.relation([image])[0]].add(image)
             if relation == "question":
-                shared[relation].add((*ids, value))
+                shared[relation].add((*record.image_ids, value))
             if relation in _REMOVED_FOR[disjoint]:
                 involved = (*record.images, names.get(value, value))
                 removed.append(Rejected(record.id, f"{relation}_in_{held}", ", ".join(involved)))
@@ -290,35 +300,12 @@ def _asked(record: Conversation | Question) -> list[str]:
     return [plain_question(record.question)] if isinstance(record, Question) else []
 
 
-def split_off_validation(
-    conversations: Iterable[Conversation], image_ids: Mapping[str, str], fraction: float, seed: int, grouping: Grouping
-) -> list[Conversation]:
-    """
-    Move about a `fraction` of the images, with all their conversations, from train to validation.
-
-    Which images depends only on the images and the seed, not on their order or on other records of the source. What
-    belongs together stays together. A conversation without an image or a group is drawn by its id.
-    """
-    return [
-        replace(record, split="validation") if draw(_joined(record, image_ids, grouping), seed) < fraction else record
-        for record in conversations
-    ]
-
-
-def _joined(record: Conversation | Question, image_ids: Mapping[str, str], grouping: Grouping) -> str:
-    return grouping.of(_ids(record, image_ids), record.group, record.id)
-
-
-def _ids(record: Conversation | Question, image_ids: Mapping[str, str]) -> list[str]:
-    return [image_ids[name] for name in record.images]
-
-
-def by_image(questions: Iterable[Question], image_ids: Mapping[str, str]) -> dict[tuple[str, ...], list[Question]]:
+def by_image(questions: Iterable[Question]) -> dict[tuple[str, ...], list[Question]]:
     """Group questions by the `image_id`s of their images, in their original order."""
     groups = defaultdict(list)
     for question in questions:
-        groups[tuple(_ids(question, image_ids))].append(question)
-    return dict(groups)
+        groups[question.image_ids].append(question)
+    return groups
 
 
 def draw(key: str, seed: int) -> float:
@@ -342,14 +329,13 @@ def conversations_about_image(name: str, questions: Collection[Question]) -> lis
         questions (collection of [`Question`]):
             Questions with the same images and one split.
     """
-    groups = linked_groups(questions)
-    conversations = []
-    for number in range(max(map(len, groups), default=0)):
+    groups, conversations = linked_groups(questions), []
+    first, own = groups[0][0], _with_group(questions)
+    for number in range(max(map(len, groups))):
         turns = [(group[number].question, group[number].answer) for group in groups if number < len(group)]
-        first = groups[0][0]
-        messages = dialogue(turns, len(first.images))
-        group = _group_of(questions)
-        conversations.append(Conversation(f"{name}-{number}", first.images, messages, first.split, group))
+        messages, ids = dialogue(turns, len(first.images)), own.image_ids
+        talk = Conversation(f"{name}-{number}", first.images, messages, first.split, own.group, ids, own.split_key)
+        conversations.append(talk)
     return conversations
 
 

@@ -143,57 +143,26 @@ def image_suffixes() -> frozenset[str]:
     return frozenset({*Image.registered_extensions(), *DICOM_SUFFIXES, *NIFTI_SUFFIXES, ".gz"})
 
 
-def published_id(
-    name: str,
-    images: Collection[str] = (),
-    group: str | None = None,
-    group_ids: Collection[str | None] = (),
-    keyed: Callable[[str], str] | None = None,
-) -> str:
+def published_id(name: str, images: Collection[str] = (), keyed: Callable[[str], str] | None = None) -> str:
     """
-    Return an id or link as it may be published: its own, unless it reveals a file or a group, such as a patient.
-
-    That is an id with a path in it, with the suffix of an image, or with the name of the group, a part of it of at
-    least four letters or digits, or the name of one of the images or of a directory of these. It becomes `id-` and 16
-    hexadecimal digits of its SHA-256. Anyone who has the source data can find the record again with the same rule. If
-    there is a group, the hash is keyed, because all numbers of patients can be tried.
+    Return an id or link as it may be published. That of a record with a group is hashed with the key of the groups,
+    because any part of it may name the patient. Others are hashed if they reveal the name of a file: if they contain a
+    path, the suffix of an image, or the name of one of the images or of a directory of these. Anyone who has the
+    source data (and the key) can find the record again with the same rule.
 
     Args:
         name (`str`):
             The id or link.
         images (collection of `str`, *optional*):
             Names of the files of its images.
-        group (`str`, *optional*):
-            Its group as the source names it, before it is hashed.
-        group_ids (collection of `str`, *optional*):
-            Groups of its images, which are known by their hashes only, such as patients in DICOM headers.
         keyed (`Callable`, *optional*):
-            Makes the hashes of groups, and of an id with a group, which needs it. See
-            [`~medst_trl.data.groups.GroupIds.of_key`].
+            Hashes with the key, if there is a group. See [`~medst_trl.data.groups.GroupIds.of_key`].
     """
-    stems = {part.partition(".")[0] for image in images for part in image.replace("\\", "/").split("/")}
-    text, stems = name.casefold(), {stem.casefold() for stem in stems - SPLIT_NAMES.keys()}
-    groups = {*group_ids} - {None}
-    is_revealing = (
-        "/" in name
-        or "\\" in name
-        or PurePosixPath(name.partition("#")[0]).suffix.lower() in image_suffixes()
-        or any(stem == text or (len(stem) > 3 and stem in text) for stem in stems)
-        or (group is not None and _words(group) in _words(name))
-        or any(len(word) > 3 and f" {word} " in _words(name) for word in _words(group or "").split())
-        or (groups and any(keyed(part) in groups for part in _parts(name)))
-    )
-    if not is_revealing:
-        return name
-    return f"id-{keyed(name) if group or groups else hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def _words(text: str) -> str:
-    """Return the runs of letters and of digits in a text between blanks: `P12-3` has the word 12."""
-    return " ".join(["", *re.findall(r"[0-9]+|[^0-9_\W]+", text.casefold()), ""])
-
-
-def _parts(text: str) -> set[str]:
-    """Return the parts of a text, of at most four words, that may be the name of a group: `P_12` of `P_12-q3`."""
-    words = re.split(r"([\W_]+)", text)
-    return {"".join(words[i:j]) for i in range(0, len(words), 2) for j in range(i + 1, min(i + 9, len(words) + 1), 2)}
+    if keyed:
+        return f"id-{keyed(name)}"
+    stems = {part.partition(".")[0].casefold() for image in images for part in re.split(r"[/\\]", image)}
+    text, suffix = name.casefold(), PurePosixPath(name.partition("#")[0]).suffix.lower()
+    is_named = any(stem == text or (len(stem) > 3 and stem in text) for stem in stems - SPLIT_NAMES.keys())
+    if is_named or suffix in image_suffixes() or re.search(r"[/\\]", name):
+        return f"id-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name

@@ -19,7 +19,7 @@ from medst_trl.base.processes import rank
 
 from .cells import answer_text, group_text, is_missing, optional_text
 from .groups import GROUP_ID, GroupIds
-from .schema import KINDS, Kind, features_of, image_part, text_of, text_part
+from .schema import KINDS, QUESTION_FIELDS, Kind, features_of, image_part, text_of, text_part
 from .source import Question, free_id
 
 
@@ -36,7 +36,6 @@ _MADE_OF = {
     "prompt": ("chosen", "rejected"),
     "questions": ("question", "answer"),
 }
-QUESTION_FIELDS = ("id", "question", "answer", "answer_type", "question_type", "link")
 _QUESTION_INPUT = (*QUESTION_FIELDS, "question_id")
 # Of a text that is not a message, by column.
 _ROLE_OF = {"prompt": "user"} | dict.fromkeys(("chosen", "rejected"), "assistant")

@@ -4,12 +4,11 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -21,7 +20,7 @@ from .cells import DICOM_SUFFIXES
 from .groups import GroupIds, salt_of
 from .image_formats import ImageProblem
 from .images import FolderImages, StoredImage, loader_of
-from .source import ImageReader, Records, Rejected
+from .source import ImageReader, Records
 
 
 INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` writes
@@ -30,7 +29,8 @@ INDEX_FILE = "image_index.jsonl"  # beside the datasets that `medst prepare` wri
 def choose_frames(records: Records, images: FolderImages, num_workers: int) -> Records:
     """
     Replace unlabeled files of several frames by the frames that `--frames all` or `every:N` selects, each an image of
-    its own. A text is about one frame, nobody knows which, so it is left to be rejected when its file is read.
+    its own. It is unknown which frame a text is about, so records with one are left to be rejected when their file is
+    read.
     """
     if images.settings.frame_step is None:
         return records
@@ -46,28 +46,9 @@ def choose_frames(records: Records, images: FolderImages, num_workers: int) -> R
     return replace(records, conversations=conversations)
 
 
-class ImageIndex(NamedTuple):
-    """
-    What is known about the images of a source.
-
-    Attributes:
-        image_ids (`dict`): Name of each image that can be used to its `image_id`.
-        problems (`dict`): Name of each other image to a [`Rejected`].
-        group_ids (`dict`): Name to the group id, for images in a group.
-        hashes (`dict`): `image_id` to `near_hash`.
-        notes (`dict`): Number of different images by their `note`.
-    """
-
-    image_ids: dict[str, str]
-    problems: dict[str, Rejected]
-    group_ids: dict[str, str]
-    hashes: dict[str, str | None]
-    notes: Mapping[str, int]
-
-
 def index_images(
     names: Iterable[str], reader: ImageReader, path: Path, num_workers: int, groups: GroupIds | None = None
-) -> ImageIndex:
+) -> dict[str, dict[str, Any]]:
     """
     Identify the images of a source before anything is written: splits, duplicates and leakage are decided by
     `image_id`, near copies and groups. A file keeps these of each image, or its problem. An interrupted run resumes
@@ -79,6 +60,10 @@ def index_images(
         path (`pathlib.Path`): The JSON lines to write. The file is beside the datasets and not part of them.
         num_workers (`int`): Number of threads.
         groups ([`GroupIds`], *optional*): Makes the group ids; those of patients by default.
+
+    Returns:
+        `dict`: name to the entry in the file, with `image_id`, `near_hash`, `group_id` and `note` of the image, or the
+        `reason` and `detail` of its problem.
 
     Raises:
         UserError: for an index that cannot be resumed: of other group ids, or of an earlier version with DICOM files.
@@ -111,15 +96,7 @@ def index_images(
                 file.write(json.dumps(entry) + "\n")
                 file.flush()  # a killed process loses nothing that the system has
         os.replace(partial, path)
-    found = [entries[name] for name in names]
-    good = [entry for entry in found if "image_id" in entry]
-    return ImageIndex(
-        {entry["image"]: entry["image_id"] for entry in good},
-        {entry["image"]: Rejected("", entry["reason"], entry["detail"]) for entry in found if "reason" in entry},
-        {entry["image"]: entry["group_id"] for entry in good if entry.get("group_id")},
-        {entry["image_id"]: entry["near_hash"] for entry in good if "near_hash" in entry},
-        Counter({entry["image_id"]: entry["note"] for entry in good if entry.get("note")}.values()),
-    )
+    return {name: entries[name] for name in names}
 
 
 def check_salt(path: Path, groups: GroupIds) -> None:

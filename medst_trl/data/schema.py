@@ -22,6 +22,7 @@ from medst_trl.base.registry import Registry
 if TYPE_CHECKING:
     from datasets import Features
 
+QUESTION_FIELDS = ("id", "question", "answer", "answer_type", "question_type", "link")
 PREDICTION_COLUMNS = (
     "id", "image_id", "group_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
 )  # fmt: skip
@@ -99,7 +100,7 @@ _IMAGES = {"id": "string", "images": ["image"], "image_ids": ["string"]}
 _MESSAGE = {"role": "string", "content": [{"type": "string", "text": "string"}]}
 _GROUP = {"group_id": "string"}
 _INSTRUCT = _IMAGES | {"messages": [_MESSAGE | {"vusr": "bool"}]} | _GROUP
-_QUESTION = dict.fromkeys(("id", "question", "answer", "answer_type", "question_type", "link"), "string")
+_QUESTION = dict.fromkeys(QUESTION_FIELDS, "string")
 
 for _kind in (
     Kind(

@@ -53,9 +53,10 @@ from medst_trl.base.registry import Registry
 from . import cells
 from .cells import BadRecord
 from .image_settings import ImageSettings
+from .schema import QUESTION_FIELDS
 
 
-QUESTION_COLUMNS = ("id", "image", "question", "answer", "split", "answer_type", "question_type", "link")
+QUESTION_COLUMNS = (*QUESTION_FIELDS, "image", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Conversation:
         messages (`list[dict]`): Made by `schema.message`; empty for unlabeled images.
         split (`str`): `"train"` or `"validation"`, as the source has it; for unlabeled images also `"test"`.
         group (`str` or `None`): What must stay in one split, such as a patient, as the source names it.
+        image_ids (`tuple[str, ...]`): See [`~medst_trl.data.images.image_id`]. Filled in by `assemble`.
+        split_key (`str`): The same for all records that no split may divide. Filled in by `assemble`.
     """
 
     id: str
@@ -76,35 +79,37 @@ class Conversation:
     messages: list[dict]
     split: str = "train"
     group: str | None = None
+    image_ids: tuple[str, ...] = ()
+    split_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """
-    One question about an image, with its answer.
+    One question about an image or several, with its answer. In a benchmark, it has one image.
 
     Attributes:
         id (`str`): Unique in its source.
-        image (`str`): File name inside the directory of images.
+        images (`tuple[str, ...]`): File names inside the directory of images.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         question, answer (`str`): Without surrounding whitespace, otherwise as the source has them.
         answer_type (`str`): `"open"` or `"closed"`.
         question_type (`str` or `None`): As the source names it.
         link (`str` or `None`): Shared by the paraphrases of one question.
-        more_images (`tuple[str, ...]`): Further images of a question about several; not in a benchmark.
-        group (`str` or `None`): As in [`Conversation`].
+        group, image_ids, split_key: As in [`Conversation`].
     """
 
     id: str
-    image: str
+    images: tuple[str, ...]
     split: str
     question: str
     answer: str
     answer_type: str
     question_type: str | None = None
     link: str | None = None
-    more_images: tuple[str, ...] = ()
     group: str | None = None
+    image_ids: tuple[str, ...] = ()
+    split_key: str = ""
 
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> "Question":
@@ -122,19 +127,14 @@ class Question:
             BadRecord: `no_image`, `no_question`, `no_answer`, `bad_split`, `bad_answer_type`,
                 `not_text`, `bad_unicode`.
         """
-        image, *more = cells.image_cell(row.get("image"))
+        images = cells.image_cell(row.get("image"))
         question = cells.text_value(row.get("question"), missing="no_question")
         answer, split = cells.answer_text(row.get("answer")), cells.read_split(row.get("split"))
         if not answer.strip(" -–—./?_"):
             raise BadRecord("no_answer", answer)
         answer_type = cells.read_answer_type(row.get("answer_type"), answer)
         question_type, link = (cells.optional_text(row.get(name)) for name in ("question_type", "link"))
-        return cls(name, image, split, question, answer, answer_type, question_type, link, tuple(more))
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Return its images, as those of a [`Conversation`]."""
-        return (self.image, *self.more_images)
+        return cls(name, images, split, question, answer, answer_type, question_type, link)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +263,8 @@ class Records:
         images: dict[str, set[str]] = defaultdict(set)
         for question in self.questions:
             if len(images[question.split]) < number:
-                images[question.split].add(question.image)
-        questions = [question for question in self.questions if question.image in images[question.split]]
+                images[question.split].add(question.images[0])
+        questions = [question for question in self.questions if question.images[0] in images[question.split]]
         return replace(self, conversations=self.conversations[:number], questions=questions)
 
 

@@ -281,7 +281,7 @@ def read_phantoms(request: SourceRequest) -> Records:
     rows = instruct_rows(train, seed, settings.phantom_turns)
     talks = [Conversation(row["id"], (row["id"],), row["messages"]) for row in rows]
     talks += [Conversation(phantom.id, (phantom.id,), []) for phantom in unlabelled]
-    questions = [Question(image=phantom.id, split="test", **row) for phantom in test for row in phantom.questions]
+    questions = [Question(images=(phantom.id,), split="test", **row) for phantom in test for row in phantom.questions]
     images = MemoryImages({phantom.id: phantom.image for phantom in train + test + unlabelled})
     return Records("phantoms", images=images, conversations=talks, questions=questions)
 

@@ -8,43 +8,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medst_trl.data.assemble import assemble, conversations_about_image, hold_out, split_off_validation
-from medst_trl.data.groups import GroupIds, Grouping
-from medst_trl.data.image_index import ImageIndex
+from medst_trl.data.assemble import assemble, conversations_about_image, hold_out
+from medst_trl.data.groups import GroupIds
 from medst_trl.data.schema import text_of
 from medst_trl.data.source import Conversation, Question, Records, Rejected
 
 
-def question(name, image="a", split="train", text=None, link=None):
-    return Question(name, image, split, text or f"{name}?", f"answer {name}", "open", None, link)
+def question(name, image="a", split="train", text=None, link=None, image_id=None):
+    ids = (image_id or image,)
+    return Question(name, (image,), split, text or f"{name}?", f"answer {name}", "open", None, link, image_ids=ids)
 
 
 def test_overlapping_pairs_are_found_by_pixels_and_normalized_text():
-    ids = {"a": "1", "copy of a": "1", "b": "2"}
     questions = [
         question("held", "a", "test", "Is it  normal?"),
-        question("same", "copy of a", "train", "is it normal?"),
+        question("same", "copy of a", "train", "is it normal?", image_id="a"),
         question("other image", "b", "train", "Is it normal?"),
         question("other words", "a", "train"),
     ]
-    splits, counts, removed = hold_out(questions, ids)
+    splits, counts, removed = hold_out(questions)
     assert [q.id for q in splits["train"]] == ["other image", "other words"]
     assert counts == {"images_in_train_and_test": 1, "pairs_in_train_and_test": 1}
     assert removed == [Rejected("same", "question_in_test", "copy of a, is it normal?")]
-    splits, counts, removed = hold_out(questions, ids, disjoint="image")
+    splits, counts, removed = hold_out(questions, disjoint="image")
     assert [q.id for q in splits["train"]] == ["other image"]
     assert [(item.id, item.reason) for item in removed[1:]] == [("other words", "image_in_test")]
 
 
 def test_an_overlap_of_zero_is_reported():
-    assert hold_out([question("x")], {"a": "1"})[1] == {"images_in_train_and_test": 0}
+    assert hold_out([question("x")])[1] == {"images_in_train_and_test": 0}
     apart = [question("x"), question("y", "b", "test")]
-    assert hold_out(apart, {"a": "1", "b": "2"})[1] == {"images_in_train_and_test": 0}
+    assert hold_out(apart)[1] == {"images_in_train_and_test": 0}
 
 
 def divided(conversations, ids, fraction, seed):
-    members = [([ids[name] for name in record.images], [record.group]) for record in conversations]
-    return split_off_validation(conversations, ids, fraction, seed, Grouping(members))
+    """Return the rows of train and those of validation."""
+    groups = GroupIds()
+    groups.salt = bytes(32)
+    index = {name: {"image_id": image_id} for name, image_id in ids.items()}
+    records = Records("own", conversations=conversations)
+    rows = assemble(records, index, groups=groups, validation_fraction=fraction, seed=seed).rows
+    return rows["instruct", "train"], rows["instruct", "validation"]
+
+
+ASKED = [{"role": "user"}]
 
 
 image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
@@ -53,26 +60,26 @@ image_lists = st.lists(st.lists(st.integers(0, 30), max_size=3), max_size=40)
 @given(image_lists, st.floats(0, 0.9), st.integers(0, 5), st.randoms())
 def test_validation_shares_no_image_with_train(images, fraction, seed, random):
     ids = {str(n): f"id{n % 20}" for n in range(31)}  # some images have two names
-    conversations = [Conversation(f"c{n}", tuple(map(str, names)), []) for n, names in enumerate(images)]
-    split = divided(conversations, ids, fraction, seed)
-    assert [item.id for item in split] == [item.id for item in conversations]
-    seen = {
-        s: {ids[name] for conversation in split if conversation.split == s for name in conversation.images}
-        for s in ("train", "validation")
-    }
-    assert seen["train"].isdisjoint(seen["validation"])
-    shuffled = random.sample(conversations, len(conversations))
-    splits_by_id = {conversation.id: conversation.split for conversation in divided(shuffled, ids, fraction, seed)}
-    assert splits_by_id == {conversation.id: conversation.split for conversation in split}
+    conversations = [Conversation(f"c{n}", tuple(map(str, names)), ASKED) for n, names in enumerate(images)]
+    train, validation = divided(conversations, ids, fraction, seed)
+    for rows in (train, validation):  # in their order
+        assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), key=lambda name: int(name[1:]))
+    assert len(train) + len(validation) == len(conversations)
+    seen = [{image for row in rows for image in row["image_ids"]} for rows in (train, validation)]
+    assert seen[0].isdisjoint(seen[1])
+    shuffled = divided(random.sample(conversations, len(conversations)), ids, fraction, seed)
+    assert [{row["id"] for row in rows} for rows in shuffled] == [
+        {row["id"] for row in rows} for rows in (train, validation)
+    ]
 
 
 def test_validation_has_about_the_requested_fraction():
-    conversations = [Conversation(str(n), (str(n),), []) for n in range(2000)]
+    conversations = [Conversation(str(n), (str(n),), ASKED) for n in range(2000)]
     ids = {str(n): f"{n:064d}" for n in range(2000)}
     for seed in (0, 1):
-        split = divided(conversations, ids, 0.2, seed)
-        assert 340 < sum(conversation.split == "validation" for conversation in split) < 460
-    assert all(conversation.split == "train" for conversation in divided(conversations, ids, 0.0, 0))
+        _, validation = divided(conversations, ids, 0.2, seed)
+        assert 340 < len(validation) < 460
+    assert divided(conversations, ids, 0.0, 0)[1] == []
 
 
 def test_paraphrases_are_spread_over_conversations():
@@ -90,14 +97,13 @@ def test_paraphrases_are_spread_over_conversations():
 
 
 def test_groups_and_near_copies_are_reported_and_kept_apart():
-    ids = {name: name for name in "abcdefg"}
     test = [replace(question("t1", "a", "test"), group="P"), replace(question("t2", "b", "test"), group="Q")]
     train = [
         replace(question("same group", "c"), group="P"),
         replace(question("near copy", "d"), group="R"),
         replace(question("group of the near copy", "e"), group="R"),
         replace(question("other", "f"), group="S"),
-        Conversation("talk", ("g",), [{"role": "user"}], group="Q"),
+        Conversation("talk", ("g",), ASKED, group="Q", image_ids=("g",)),
     ]
     reported = {
         "images_in_train_and_test": 0, "near_copies_in_train_and_test": 1, "groups_in_train_and_test": 2,
@@ -119,14 +125,14 @@ def test_groups_and_near_copies_are_reported_and_kept_apart():
             },
         ),
     ):
-        splits, counts, rejected = hold_out(test + train, ids, disjoint, {"d": {"b"}})
+        splits, counts, rejected = hold_out(test + train, disjoint, {"d": {"b"}})
         assert [record.id for record in splits["train"]] == left and splits["test"] == test
         assert counts == reported and {item.id: (item.reason, item.value) for item in rejected} == removed
 
 
 def test_the_question_of_a_near_copy_is_removed_like_that_of_the_image():
     questions = [question("held", "a", "test", "Normal?"), question("copy", "b", "train", "normal?")]
-    splits, counts, _ = hold_out(questions, {"a": "1", "b": "2"}, "none", {"2": {"1"}})
+    splits, counts, _ = hold_out(questions, "none", {"b": {"a"}})
     assert splits["train"] == [] and counts["pairs_in_train_and_test"] == 1
     assert counts["near_copies_in_train_and_test"] == 1 and counts["images_in_train_and_test"] == 0
 
@@ -135,13 +141,12 @@ def test_the_question_of_a_near_copy_is_removed_like_that_of_the_image():
 def test_validation_shares_no_group_with_train(members, fraction):
     ids = {str(n): f"id{n}" for n in range(31)}
     conversations = [
-        Conversation(f"c{n}", (str(image),), [], group=group and f"P{group}")
+        Conversation(f"c{n}", (str(image),), ASKED, group=None if group is None else f"P{group}")
         for n, (image, group) in enumerate(members)
     ]
-    split = divided(conversations, ids, fraction, seed=1)
-    sides = [[item for item in split if item.split == side] for side in ("train", "validation")]
-    for part in (lambda item: item.images[0], lambda item: item.group):
-        train, validation = ({part(item) for item in side} - {None} for side in sides)
+    sides = divided(conversations, ids, fraction, seed=1)
+    for part in (lambda row: row["images"][0], lambda row: row["group_id"]):
+        train, validation = ({part(row) for row in side} - {None} for side in sides)
         assert train.isdisjoint(validation)
 
 
@@ -153,8 +158,9 @@ def made(tmp_path):
         talks = [record for record in records if not isinstance(record, Question)]
         questions = [record for record in records if isinstance(record, Question)]
         own = Records("own", Path("images"), conversations=talks, questions=questions)
-        names = {name: name for record in records for name in record.images}
-        index = ImageIndex(names, {}, {}, {name: f"{bits:064x}" for name, bits in (hashes or {}).items()}, {})
+        index = {name: {"image_id": name} for record in records for name in record.images}
+        for name, bits in (hashes or {}).items():
+            index[name] |= {"near_hash": f"{bits:064x}"}
         return assemble(own, index, groups=GroupIds(tmp_path / "salt"), **options)
 
     return run

@@ -132,7 +132,7 @@ def records_about(*names: str) -> Records:
     for number, name in enumerate(names):
         records.conversations.append(Conversation(f"talk {number}", (name,), dialogue([("What?", "That.")], 1)))
         records.questions += [
-            Question(f"{split} {number}", name, split, "What?", "That.", "open") for split in ("train", "test")
+            Question(f"{split} {number}", (name,), split, "What?", "That.", "open") for split in ("train", "test")
         ]
     both = dialogue([("Which?", "This.")], len(names))
     records.conversations.append(Conversation("all", names, both))

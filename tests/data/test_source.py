@@ -137,7 +137,7 @@ def test_records_with_the_settings_of_other_sources_are_resumed(tmp_path, capsys
 def test_the_first_records_are_selected_by_image_and_by_conversation():
     from medst_trl.data.source import Conversation, Question
 
-    questions = [Question(str(n), f"{n // 2}.png", "test", "What?", "That.", "open") for n in range(6)]
+    questions = [Question(str(n), (f"{n // 2}.png",), "test", "What?", "That.", "open") for n in range(6)]
     records = Records("x", conversations=[Conversation(str(n), (), []) for n in range(5)], questions=questions)
     first = records.first(2)
     assert len(first.conversations) == 2 and [question.id for question in first.questions] == ["0", "1", "2", "3"]

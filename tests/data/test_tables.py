@@ -440,7 +440,7 @@ def test_missing_values_never_become_text(value):
     assert is_missing(value)
     row = {"image": "a.png", "question": "What?", "answer": "x"}
     assert Question.from_row("q", row | dict.fromkeys(("split", "answer_type", "link", "question_type"), value)) == (
-        Question("q", "a.png", "train", "What?", "x", "open")
+        Question("q", ("a.png",), "train", "What?", "x", "open")
     )
     for name in row:
         with pytest.raises(ValueError, match=f"no_{name}"):

@@ -85,7 +85,7 @@ def test_rows_end_only_at_line_breaks(tmp_path):
     with open(tmp_path / "a.csv", "w", newline="") as file:
         csv.writer(file).writerows([["image", "question", "answer"], *rows])
     source = read_table(SourceRequest(tmp_path / "a.csv", tmp_path))
-    assert [item.image for item in source.questions] == ["a.png"]
+    assert [item.images for item in source.questions] == [("a.png",)]
     assert [item.reason for item in source.rejected] == ["no_answer"]
 
 

@@ -4,6 +4,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from medst_trl.data.sources.vqa import SLAKE_FILES, read_pathvqa, read_slake, re
 def test_counts_equal_those_that_papers_report(source, expected):
     test = [question for question in source.questions if question.split == "test"]
     kinds = Counter(question.answer_type for question in test)
-    assert (len({question.image for question in test}), len(test), kinds["open"], kinds["closed"]) == expected
+    assert (len({question.images for question in test}), len(test), kinds["open"], kinds["closed"]) == expected
     assert len({question.id for question in source.questions}) == len(source.questions)
     assert all(isinstance(question.answer, str) and question.answer.strip() for question in source.questions)
 
@@ -53,20 +54,20 @@ def test_every_record_is_accounted_for(shared_data):
     assert len(slake.questions) + 1 + slake.counts["questions_in_other_languages"] == 9835 + 2099 + 2094
     path = read_pathvqa(shared_data / "pathvqa", shared_data, "{split}/{img_id}.png")
     assert path.counts["images_without_questions"] == 422 + 160 + 133
-    assert {question.image.partition("/")[0] for question in path.questions} == {"train", "val", "test"}
+    assert {question.images[0].partition("/")[0] for question in path.questions} == {"train", "val", "test"}
 
 
 def test_mevf_questions_in_both_splits_are_removed_from_train(shared_data):
     source = read_vqa_rad_mevf(shared_data / "vqa_rad", shared_data)
-    names = {question.image: question.image for question in source.questions}
-    splits, counts, removed = hold_out(source.questions, names)
+    questions = [replace(question, image_ids=question.images) for question in source.questions]
+    splits, counts, removed = hold_out(questions)
     assert counts["pairs_in_train_and_test"] == 14
     assert counts["images_in_train_and_test"] == 203
     assert len(splits["train"]) == 3064 - 22 == 3064 - len(removed) and len(splits["test"]) == 451
-    disjoint, *_ = hold_out(source.questions, names, disjoint="image")
-    test_images = {question.image for question in disjoint["test"]}
+    disjoint, *_ = hold_out(questions, disjoint="image")
+    test_images = {question.images for question in disjoint["test"]}
     assert len(test_images) == 203
-    assert test_images.isdisjoint(question.image for question in disjoint["train"])
+    assert test_images.isdisjoint(question.images for question in disjoint["train"])
 
 
 def test_mevf_links_come_from_the_release(shared_data, tmp_path):
@@ -83,12 +84,15 @@ def test_mevf_links_come_from_the_release(shared_data, tmp_path):
         kinds = Counter((q.question_type, q.answer.lower()) for q in group)
         missing_links += len({by_id[q.id].link for q in group}) - len(kinds)
     assert missing_links == 0
+    name = "VQA_RAD Dataset Public.json"
+    (tmp_path / name).symlink_to(shared_data / "vqa_rad" / name)
+    assert read_vqa_rad_mevf(tmp_path, shared_data).questions == source.questions
 
 
 def test_no_conversation_reveals_an_answer(source):
     """No two turns of a conversation are paraphrases of a question, and every question is used once."""
-    train = [question for question in source.questions if question.split == "train"]
-    for questions in by_image(train, {question.image: question.image for question in train}).values():
+    train = [replace(item, image_ids=item.images) for item in source.questions if item.split == "train"]
+    for questions in by_image(train).values():
         conversations = conversations_about_image("x", questions)
         question_counts = Counter(
             text_of(m["content"])
@@ -110,7 +114,7 @@ def test_no_conversation_reveals_an_answer(source):
 def _groups(questions):
     links = {}
     for question in questions:
-        links.setdefault((question.image, question.link), []).append(question)
+        links.setdefault((question.images, question.link), []).append(question)
     return links.values()
 
 
@@ -157,7 +161,7 @@ def test_malformed_pathvqa_entries_are_rejected(tmp_path):
     for name in ("pvqa_train.json", "pvqa_val.json", "pvqa_test.json"):
         (tmp_path / name).write_text(json.dumps(entries))
     source = read_pathvqa(tmp_path, tmp_path)
-    assert [(q.answer, q.answer_type, q.image) for q in source.questions] == [("yes", "closed", "test_1.jpg")] * 3
+    assert [(q.answer, q.answer_type, q.images) for q in source.questions] == [("yes", "closed", ("test_1.jpg",))] * 3
     assert Counter(item.reason for item in source.rejected) == {
         "no_question": 3, "questions_and_answers_differ_in_number": 3, "malformed_entry": 6,
     }  # fmt: skip

@@ -279,7 +279,7 @@ def test_published_answers_of_llava_med_have_the_golden_scores(shared_data, gold
     """The answers are joined with the official release by id, and with MEVF's split, whose ids differ, by order."""
     source = reader(shared_data / "vqa_rad", shared_data / "vqa_rad" / "images")
     test = (question for question in source.questions if question.split == "test")
-    questions = [asdict(question) | {"image_id": question.image} for question in test]
+    questions = [asdict(question) | {"image_id": question.images[0]} for question in test]
     questions.sort(key=lambda question: question["image_id"])  # the order of a benchmark
     file = f"llava_med_v1_vqarad_answer-file-{name}.jsonl"
     records, rejected = read_predictions(shared_data / "predictions" / file, benchmark=questions)
