@@ -16,9 +16,6 @@ from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionForma
 from medst_trl.evaluation.questions import GOLD, answer_type
 
 
-_EXPECTED = "VLMEvalKit's prediction files have the columns index, question, answer and prediction."
-
-
 def _record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A prediction under VLMEvalKit's `index`, or under the id that a file of ours has beside it."""
     return {
@@ -34,7 +31,7 @@ PREDICTION_FORMATS.register(
     PredictionFormat(
         name="vlmevalkit",
         summary="tables of VLMEvalKit",
-        expected=_EXPECTED,
+        expected="VLMEvalKit's prediction files have the columns index, question, answer and prediction.",
         needs=("index", "question", "prediction"),  # test sets with hidden answers have none
         guess=lambda path, first: (
             path.suffix.lower() in (".tsv", ".csv", ".xlsx") or first.keys() >= {"index", "prediction"}
