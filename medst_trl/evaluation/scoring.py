@@ -17,10 +17,6 @@ from .metric import METRICS, Answered, FigurePath, make_settings
 
 
 LEVEL = 0.95
-_ADVICE = {
-    "empty answer": "No prediction can match it. Remove the record.",
-    "unknown answer_type": "It must be open or closed.",
-}
 NO_TYPE = "(none)"  # question type of records without one, in a benchmark where others have one
 
 Scored = tuple[Answered, dict[FigurePath, float]]
@@ -143,13 +139,10 @@ def compare_vqa(
 
 
 def _by_id(records: Iterable[Mapping[str, Any]], what: str) -> dict[Any, Mapping[str, Any]]:
-    found = {}
-    for position, record in enumerate(records):
-        key = record.get("id")
-        if key is None or key in found:
-            problem = f"record number {position + 1} has no id" if key is None else f"the id {key!r} is repeated"
-            raise UserError(f"In the {what}, {problem}. Predictions and control are paired by unique ids.")
-        found[key] = record
+    records = list(records)
+    found = {record.get("id"): record for record in records}
+    if None in found or len(found) < len(records):
+        raise UserError(f"In the {what}, an id is missing or repeated. Give each record an id of its own.")
     return found
 
 
@@ -205,9 +198,10 @@ def score_records(records: Iterable[Mapping[str, Any]], variant: str, **settings
             answered.append(read_answer(record))
         except BadRecord as error:
             name = f"number {position + 1} (without id)" if record.get("id") is None else repr(record["id"])
-            needed = "Each record needs answer, answer_type and prediction." if error.reason.startswith("no ") else ""
-            advice = _ADVICE.get(error.reason, needed)
-            raise UserError(f"Record {name}: {error.reason} ({error.value!r}). {advice}".strip()) from None
+            raise UserError(
+                f"Record {name}: {error.reason} ({error.value!r}). Each record needs an answer that is not empty, an "
+                "answer_type (open or closed) and a prediction."
+            ) from None
     if any(row.question_type is not None for row in answered):
         answered = [row._replace(question_type=row.question_type or NO_TYPE) for row in answered]
     return [(row, metric.score(row, own_settings)) for row in answered]

@@ -82,9 +82,7 @@ class PushArguments:
 
 def check_repo_id(repo_id: str | None, key: str) -> None:
     """Raise a [`UserError`] if the setting `key` is missing, or not an owner and a name."""
-    if repo_id is None:
-        raise UserError(f"push_to_hub is set, but no repository: add {key}: OWNER/NAME.")
-    if not is_repo_id(repo_id):
+    if not is_repo_id(repo_id or ""):
         raise UserError(f"{key} is {repo_id!r}. It must be OWNER/NAME, such as my-org/vqa-rad-preferences.")
 
 

@@ -241,10 +241,8 @@ def _benchmark_name(benchmark: str, path: Path) -> str:
     """Return the Hub id, the source that the benchmark's record names, or else the directory of the scores."""
     if is_hub_id(benchmark):
         return benchmark.partition("@")[0]
-    sources = [step["settings"].get("source") for step in (steps_to(Path(benchmark)) if benchmark else [])]
-    if sources and sources[-1]:
-        return sources[-1]
-    return "benchmark" if path.parent.name == "evaluate" else path.parent.name
+    steps = steps_to(Path(benchmark)) if benchmark else []
+    return (steps[-1]["settings"].get("source") if steps else None) or path.parent.name
 
 
 # How a result was made, from the `stage.json` of its directory and of the directories of its inputs

@@ -93,8 +93,7 @@ def check_token() -> None:
     """Raise a [`UserError`] if huggingface_hub finds no token."""
     if get_token() is None:
         raise UserError(
-            "No Hub token was found. Make one with write access at https://huggingface.co/settings/tokens, then log "
-            "in with `hf auth login`, or set HF_TOKEN in the environment."
+            "No Hub token was found. Log in with `hf auth login` and a token with write access, or set HF_TOKEN."
         )
 
 
@@ -129,14 +128,12 @@ class PushAfterStage:
         """
         if self.settings is None or rank() != 0:
             return
-        target = {
-            "private": self.settings.hub_private_repo is not False,
-            "revision": getattr(self.settings, "hub_revision", None),
-        }
         for directory in filter(Path.is_dir, self.directories):
             repo_id = self.repo_id if len(self.directories) == 1 else f"{self.repo_id}-{directory.name}"
+            args = PushArguments(str(directory), repo_id, private=self.settings.hub_private_repo is not False)
+            args.revision = getattr(self.settings, "hub_revision", None)
             try:
-                pushed = push_directory(PushArguments(str(directory), repo_id, **target))
+                pushed = push_directory(args)
             except UserError as error:
                 raise UserError(
                     f"{directory} is finished, but was not pushed. {error}\nThen run the same command, or "

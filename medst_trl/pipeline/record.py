@@ -235,17 +235,10 @@ def read_record(directory: str | os.PathLike) -> dict[str, Any]:
     return record if _is_sound(record) else {}
 
 
-def problem_of(record: Mapping[str, Any]) -> str | None:
-    """Describe the first entry of a record whose form is not that of [`StageRecord`]; None if there is none."""
-    for key, kind in _TYPES.items():
-        if key in record and not isinstance(record[key], kind):
-            return f"its {key} has the wrong type"
-    return None if math.isfinite(record.get("seconds", 0)) else "its seconds are not a number"
-
-
 def _is_sound(record: Mapping[str, Any]) -> bool:
     """Whether a record has the form of [`StageRecord`], and each of its inputs is a list of fingerprints."""
-    if problem_of(record) is not None:
+    has_types = all(isinstance(record[key], kind) for key, kind in _TYPES.items() if key in record)
+    if not has_types or not math.isfinite(record.get("seconds", 0)):
         return False
     inputs = [item if isinstance(item, list) else [None] for item in record.get("inputs", {}).values()]
     return all(isinstance(one, dict) and isinstance(one.get("path", ""), str) for item in inputs for one in item)

@@ -58,11 +58,6 @@ class Bar:
     interval: Sequence[float] | None = None
     muted: bool = False
 
-    def label(self, digits: int | None) -> str:
-        """Name and value, with the interval if there is one."""
-        interval = " to ".join(number(end, digits) for end in self.interval or ())
-        return f"{clean(self.name)} {number(self.value, digits)}" + (f" ({interval})" if interval else "")
-
 
 def line_chart(
     title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
@@ -82,9 +77,7 @@ def line_chart(
     lines = [replace(line, points=points) for line in lines if (points := _thin(line.points))]
     if not lines:
         return Markup("")
-    firsts, lasts = ([number(line.points[at][1]) for line in lines] for at in (0, -1))
-    labels = [f"{clean(line.name)} {last}" for line, last in zip(lines, lasts)]
-    changes = [f"{clean(line.name)} from {first} to {last}" for line, first, last in zip(lines, firsts, lasts)]
+    labels = [f"{clean(line.name)} {number(line.points[-1][1])}" for line in lines]
     left, right, top, bottom = 46, WIDTH - min(150, 14 + LETTER * max(map(len, labels))), 46, 202
     xs, ys = zip(*(point for line in lines for point in line.points))
     levels = () if level is None else (level[0],)
@@ -92,9 +85,8 @@ def line_chart(
     y = _Axis(min(ys + levels), max(ys + levels), bottom, top, widen=True)
     points = [[(x(a), y(b)) for a, b in line.points] for line in lines]
     ends = _keep_apart([line[-1][1] for line in points], 14, top, bottom)
-    description = f"{y_label} over {x_label}: {'; '.join(changes)}."
-    drawn = zip(lines, points, labels, ends)
-    return _draw(title, y_label, description, 236, x, y=y, x_label=x_label, level=level, lines=drawn)
+    drawn = list(zip(lines, points, labels, ends))
+    return _draw(title, y_label, 236, x, y=y, x_label=x_label, level=level, lines=drawn)
 
 
 def bar_chart(
@@ -132,16 +124,13 @@ def bar_chart(
     x = _Axis(low, high, left, right, widen=limits is None and axis)
     top = 46 if unit else 30
     end = top + ROW * len(bars) + 7
-    description = f"{unit + '. ' if unit else ''}{title}: {', '.join(bar.label(digits) for bar in bars)}."
     height = end + 20 * axis + 18 * bool(legend) + 2
     layout = {"top": top, "end": end, "row": ROW, "letters": int((x.start - 8) / LETTER) + 1, "axis": axis}
-    names = list(dict.fromkeys(bar.name for bar in bars if not bar.muted))
-    values = {"bars": bars, "names": names, "mark": marked, "legend": legend, "digits": digits}
-    return _draw(title, unit, description, height, x, **layout, **values)
+    return _draw(title, unit, height, x, bars=bars, mark=marked, legend=legend, digits=digits, **layout)
 
 
-def _draw(title: str, unit: str, description: str, height: float, x: "_Axis", **values: Any) -> Markup:
-    about = {"title": title, "unit": unit, "description": description, "height": height, "width": WIDTH, "x": x}
+def _draw(title: str, unit: str, height: float, x: "_Axis", **values: Any) -> Markup:
+    about = {"title": title, "unit": unit, "height": height, "width": WIDTH, "x": x}
     return Markup(environment().get_template("charts.svg.jinja").render(about | values))
 
 

@@ -94,12 +94,8 @@ def displacement(log: Log) -> str | None:
 
 def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
     """Return the mean of each figure over the end of training."""
-    means = {}
-    for key in keys:
-        values = [y for _, y in _points(log, key)]
-        if values:
-            means[key] = fmean(values[-max(1, round(LAST_PART * len(values))) :])
-    return means
+    logged = {key: [y for _, y in _points(log, key)] for key in keys}
+    return {key: fmean(ys[-max(1, round(LAST_PART * len(ys))) :]) for key, ys in logged.items() if ys}
 
 
 def _points(log: Log, key: str) -> list[tuple[float, float]]:

@@ -130,9 +130,6 @@ class Comparison:
     def has_majority(self, metric: str) -> bool:
         return any("majority" in self.first(metric, path).scores[metric][path] for path in self.rows(metric))
 
-    def controls(self) -> list[str]:
-        return list(dict.fromkeys(control for evaluation in self.evaluations for control in evaluation.file.controls))
-
     def charted(self) -> list[tuple[str, FigurePath]]:
         """Return the figures for charts: those of the first metric, and those of the others that it does not have."""
         found: dict[FigurePath, str] = {}

@@ -31,8 +31,7 @@ def clean(text: Any) -> str:
 def cut(text: Any, limit: int) -> str:
     """Return the first `limit` characters, and the number of the others."""
     text = str(text)
-    more = len(text) - limit
-    return text if more <= 0 else f"{text[:limit]} … ({more:,} more characters)"
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def relative_path(value: Any, run: Path) -> str:

@@ -411,8 +411,8 @@ def test_predictions_of_different_questions_are_refused():
     real = closed_rows(["yes", "no"])
     for control, message in (
         (real[:1], "do not answer the same questions: 1 id"),
-        ([*real, *real], "is repeated"),
-        ([row | {"id": None} for row in real], "has no id"),
+        ([*real, *real], "an id is missing or repeated"),
+        ([row | {"id": None} for row in real], "an id is missing or repeated"),
     ):
         with pytest.raises(UserError, match=message):
             compare_vqa(real, control)

@@ -483,7 +483,7 @@ def training_arguments(repo_id: str | None, **settings) -> SimpleNamespace:
     return SimpleNamespace(push_to_hub=True, hub_model_id=repo_id, **defaults | settings)
 
 
-@pytest.mark.parametrize(("repo_id", "message"), [(None, "add hub_model_id"), ("name", "hub_model_id is 'name'")])
+@pytest.mark.parametrize(("repo_id", "message"), [(None, "hub_model_id is None"), ("name", "hub_model_id is 'name'")])
 def test_a_push_without_a_valid_repository_is_refused(monkeypatch, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef0123")
     assert PushAfterStage(("",), [training_arguments("org/name")]).repo_id == "org/name"
