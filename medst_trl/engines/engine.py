@@ -101,7 +101,7 @@ class Reply:
     Args:
         text (`str`): The text without surrounding whitespace.
         ended (`bool`): Whether the model ended the text; otherwise it was cut off.
-        problem (`str`, *optional*): Why there is no text, in one word for counting; `text` then has the details.
+        problem (`str`, *optional*): Why there is no text, as a reason code; `text` then has the details.
     """
 
     text: str
@@ -133,7 +133,7 @@ class Engine(ABC):
         name (`str`):
             Name of its [`EngineKind`].
         model_name (`str`, *optional*):
-            Name of its model, for the column `generation`.
+            Name of its model, for the column `generation`. The commands set it to `model_name_or_path`.
         batch_size (`int`, *optional*):
             Number of requests per batch: callers pass [`Engine.run`] a few batches per call. None for an engine that
             starts each request when it has room: callers pass all requests in one call.
@@ -299,11 +299,6 @@ def without_margins(pieces: Iterable[str]) -> Iterator[str]:
 def random_stream(seed: int, record_id: str, purpose: str, *numbers: int) -> str:
     """Return the name of one text's random stream, different for any two texts."""
     return repr((seed, record_id, purpose, *numbers))
-
-
-def to_describe(images: int) -> list[dict[str, Any]]:
-    """Return the messages that ask for a description of that number of images."""
-    return [message("user", [image_part()] * images + [text_part(DESCRIBE)])]
 
 
 def to_ask(history: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:

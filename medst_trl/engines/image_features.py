@@ -117,13 +117,15 @@ class ImageFeatureCache:
         tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
         layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
         # One row per image token. Families split their features by image, crop or prompt, or not at all.
-        flat = (torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]).cpu() for layer in layers)
-        # Without clones, views would keep the whole batch in memory.
-        by_image = zip(*([rows.clone() for rows in layer.split(tokens)] for layer in flat), strict=True)
-        none = [None] * len(images)
-        facts = zip(images, placeholders, by_image, grids or none, tiles or none, strict=True)
-        for image, placeholder, features, grid, count in facts:
-            self.known[image] = EncodedImage(placeholder, layers=features, grid=grid, tiles=count)
+        flat = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]).cpu() for layer in layers]
+        by_layer = [layer.split(tokens) for layer in flat]
+        for number, image in enumerate(images):
+            self.known[image] = EncodedImage(
+                placeholders[number],
+                layers=tuple(split[number].clone() for split in by_layer),  # a view would keep the whole batch
+                grid=grids[number] if grids else None,
+                tiles=tiles[number] if tiles else None,
+            )
         self.tokens.update(zip(images, tokens, strict=True))
 
     def _trim(self, keep: Container[OpenedImage]) -> None:

@@ -97,7 +97,6 @@ def answer_benchmark(
     seed: int = 0,
     max_records: int | None = None,
     done: Collection[str] = frozenset(),
-    model_name: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
     Ask every question of a benchmark, each on its own, and decode the answer greedily.
@@ -122,8 +121,6 @@ def answer_benchmark(
         done (collection of `str`, *optional*):
             Ids that are already answered. They still take part in batching, so that a resumed run computes the same
             numbers as an uninterrupted one.
-        model_name (`str`, *optional*):
-            Name of the model in `generation`. Defaults to the engine's.
 
     Yields:
         `dict`: a row of the predictions file: id, image_id, group_id, question, answer, answer_type,
@@ -151,8 +148,7 @@ def answer_benchmark(
     shown = shown_rows(image_ids, control, seed)
     prompt = _prompts(benchmark, shown, control)
     sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    settings = engine.describe() | ({"model": model_name} if model_name else {})
-    settings |= {"decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
+    settings = engine.describe() | {"decoding": "greedy", "max_new_tokens": max_new_tokens, "control": control}
     batches = engine.batches(len(questions), lambda number: prompt(questions[number]))
     own = batches[state.process_index :: state.num_processes]
     batches = [[questions[number] for number in batch] for batch in own]

@@ -4,12 +4,13 @@
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
-from itertools import chain
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.cells import printable
@@ -17,6 +18,7 @@ from medst_trl.data.conform import check_missing, conform
 from medst_trl.data.identify import with_image_ids
 from medst_trl.data.schema import message, text_part, with_stored_images
 from medst_trl.engines.engine import (
+    DESCRIBE,
     Engine,
     OpenedImage,
     Prompt,
@@ -27,7 +29,6 @@ from medst_trl.engines.engine import (
     random_stream,
     to_answer,
     to_ask,
-    to_describe,
 )
 from medst_trl.engines.kinds.transformers import TransformersEngine
 
@@ -43,47 +44,8 @@ OPENING_THREADS = 2  # for engines without windows
 _SHOWN = 500  # characters of a rejected text that are kept
 
 
-@dataclass
-class _Record:
-    """
-    A record while candidates are made from it.
-
-    Args:
-        id (`str`): Its id.
-        images (`list[OpenedImage]`): Its images.
-        history (`list[dict]`): The messages that describe them, with `describe_first`.
-        open_requests (`int`): Number of requests without a reply.
-        drawn (`int`): Number of questions sampled.
-        questions (`dict[int, str]`): The questions that are kept, by their numbers.
-        answers (`dict[tuple[int, int], Reply]`): The answers to them so far, by the numbers of question and answer.
-        rejected (`list[dict]`): `id`, `reason`, `value` of what cannot be used.
-    """
-
-    id: str
-    images: list[OpenedImage] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    open_requests: int = 0
-    drawn: int = 0
-    questions: dict[int, str] = field(default_factory=dict)
-    answers: dict[tuple[int, int], Reply] = field(default_factory=dict)
-    rejected: list[dict[str, str]] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, row: dict[str, Any]) -> "_Record":
-        """Open a row's images, or reject it."""
-        record = cls(row["id"])
-        try:
-            record.images = open_images(row["images"])
-            if not record.images:
-                record.reject("no_image", "")
-        except ValueError as error:
-            record.reject("unreadable_image", str(error))
-        return record
-
-    def reject(self, reason: str, value: str, number: int | None = None) -> None:
-        """Reject the record, or its question of that number."""
-        row_id = self.id if number is None else f"{self.id}#{number}"
-        self.rejected.append({"id": row_id, "reason": reason, "value": printable(value[:_SHOWN])})
+# What makes the candidates of one record: yields requests, receives their replies in order, and returns the outcome.
+_Steps = Generator[list[Request], list[Reply], dict[str, Any]]
 
 
 @dataclass(eq=False, repr=False)
@@ -121,8 +83,6 @@ class CandidateGenerator:
         batch_size (`int`, *optional*):
             Texts per batch, for a model; halved when they do not fit into memory. Defaults to 16 on a CPU and to as
             many as fit on an accelerator.
-        model_name (`str`, *optional*):
-            Name of the model in `generation`. Defaults to the engine's.
 
     Attributes:
         rejected (`list[dict]`):
@@ -146,20 +106,16 @@ class CandidateGenerator:
     num_questions: int = 1
     num_answers: int = 2
     _: KW_ONLY
-    question_sampling: Sampling | None = None
-    answer_sampling: Sampling | None = None
+    question_sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=128))
+    answer_sampling: Sampling = field(default_factory=Sampling)
     describe_first: bool = False
-    question_filter: QuestionFilter | None = None
+    question_filter: QuestionFilter = field(default_factory=QuestionFilter)
     max_answer_similarity: float = 0.95
     seed: int = 0
     batch_size: int | None = None
-    model_name: str | None = None
 
     def __post_init__(self):
         check_bounds(self, at_least={"num_questions": 1, "num_answers": 2})
-        self.question_sampling = self.question_sampling or Sampling(max_new_tokens=128)
-        self.answer_sampling = self.answer_sampling or Sampling()
-        self.question_filter = self.question_filter or QuestionFilter()
         if self.answer_sampling.temperature == 0:
             raise UserError("At temperature 0 all answers to a question are the same. Set a temperature above 0.")
         self.engine: Engine = self.model
@@ -249,7 +205,7 @@ class CandidateGenerator:
         """Return how the candidates are made, as the column `generation` has it."""
         described = self.engine.describe()
         settings = {
-            "model": self.model_name or described.get("model"),
+            "model": described.get("model") and public_name(described["model"]),  # candidates are shared, paths not
             "seed": self.seed,
             "question_sampling": asdict(self.question_sampling),
             "answer_sampling": asdict(self.answer_sampling),
@@ -266,89 +222,97 @@ class CandidateGenerator:
     def _outcomes(self, dataset: "Dataset", windows: Sequence[range]) -> Iterator[dict[str, Any]]:
         rows = with_stored_images(dataset)
 
-        def opened(window: Iterable[int]) -> list[_Record]:
-            return [_Record.open(rows[row]) for row in window]
+        def opened(window: Iterable[int]) -> list[tuple]:
+            return [_open(rows[row]) for row in window]
 
         if self.engine.batch_size is None:
-            records = chain.from_iterable(ordered_map(opened, windows, OPENING_THREADS))
-            yield from map(self._outcome, self._finished(records))
+            yield from self._finished(chain.from_iterable(ordered_map(opened, windows, OPENING_THREADS)))
             return
         for records in ordered_map(opened, windows, num_workers=1, ahead=1):
-            deque(self._finished(records), maxlen=0)  # each step in batches over all records
-            yield from map(self._outcome, records)
+            outcomes = {outcome["id"]: outcome for outcome in self._finished(records)}
+            yield from (outcomes[record_id] for record_id, _, _ in records)
 
-    def _finished(self, records: Iterable[_Record]) -> Iterator[_Record]:
-        """Run the requests of the records, and yield each record when it is complete."""
-        complete: deque[_Record] = deque()
+    def _finished(self, records: Iterable[tuple]) -> Iterator[dict[str, Any]]:
+        """Take the steps of records from [`_open`], and yield the outcome of each record when it is complete."""
+        complete: deque[dict[str, Any]] = deque()
 
-        def opened(record: _Record, requests: list[Request]) -> list[Request]:
-            record.open_requests += len(requests)
-            if not record.open_requests:
-                complete.append(record)
-            return requests
+        def requests_after(steps: _Steps, replies: list[Reply] | None) -> list[Request]:
+            try:
+                requests = steps.send(replies)
+            except StopIteration as end:
+                complete.append(end.value)
+                return []
+            replies = [None] * len(requests)
+            requests = [replace(request, tag=(steps, replies, place)) for place, request in enumerate(requests)]
+            return requests or requests_after(steps, [])
 
         def then(request: Request, reply: Reply) -> list[Request]:
-            record, *numbers = request.tag
-            record.open_requests -= 1
-            return opened(record, self._next_requests(request, reply, record, *numbers))
+            steps, replies, place = request.tag
+            replies[place] = reply
+            return [] if None in replies else requests_after(steps, replies)
 
-        first = chain.from_iterable(opened(record, self._first_requests(record)) for record in records)
+        first = chain.from_iterable(requests_after(self._steps(*record), None) for record in records)
         for _ in self.engine.run(first, then):
             while complete:
                 yield complete.popleft()
         yield from complete
 
-    def _first_requests(self, record: _Record) -> list[Request]:
-        if not record.images:
-            return []
-        if not self.describe_first:
-            return self._questions(record)
-        greedy = Sampling(temperature=0.0, max_new_tokens=self.answer_sampling.max_new_tokens)
-        return [Request(Prompt(to_describe(len(record.images)), record.images), greedy, (record,))]
+    def _steps(self, record_id: str, images: list[OpenedImage], problem: tuple[str, str] | None) -> _Steps:
+        """Make the candidates of a record: describe the images (with `describe_first`), ask, and answer."""
+        outcome = {"id": record_id, "drawn": 0, "candidates": [], "rejected": []}
 
-    def _next_requests(
-        self, request: Request, reply: Reply, record: _Record, question: int | None = None, answer: int | None = None
-    ) -> list[Request]:
-        """Return the requests after a reply: questions after a description, answers after a question."""
-        if question is None:
-            if problem := reply.problem or (not reply.text and "empty_description"):
-                record.reject(problem, reply.text)
-                return []
-            record.history = [*request.prompt.messages, message("assistant", [text_part(reply.text)])]
-            return self._questions(record)
-        if answer is None:
-            record.drawn += 1
-            earlier = {normalized(text) for text in record.questions.values()}
-            if problem := self.question_filter.problem(reply, earlier):
-                record.reject(problem, reply.text, question)
-                return []
-            record.questions[question] = reply.text
-            messages = to_answer(record.history, len(record.images), reply.text)
-            return self._samples(record, messages, self.answer_sampling, self.num_answers, "answer", question)
-        record.answers[question, answer] = reply
-        return []
+        def reject(reason: str, value: str, row_id: str = record_id) -> None:
+            outcome["rejected"].append({"id": row_id, "reason": reason, "value": printable(value[:_SHOWN])})
 
-    def _questions(self, record: _Record) -> list[Request]:
-        messages = to_ask(record.history, len(record.images))
-        return self._samples(record, messages, self.question_sampling, self.num_questions, "question")
+        if problem:
+            reject(*problem)
+            return outcome
 
-    def _samples(
-        self, record: _Record, messages: list[dict], sampling: Sampling, count: int, purpose: str, *numbers: int
-    ) -> list[Request]:
-        """Return requests for independent texts, each with its own random stream and its numbers in the tag."""
-        streams = [random_stream(self.seed, record.id, purpose, *numbers, number) for number in range(count)]
-        prompts = [Prompt(messages, record.images, stream) for stream in streams]
-        return [Request(prompt, sampling, (record, *numbers, number)) for number, prompt in enumerate(prompts)]
+        history: list[dict[str, Any]] = []
+        if self.describe_first:
+            messages = to_answer([], len(images), DESCRIBE)
+            greedy = Sampling(temperature=0.0, max_new_tokens=self.answer_sampling.max_new_tokens)
+            (reply,) = yield [Request(Prompt(messages, images), greedy)]
+            if reason := reply.problem or (not reply.text and "empty_description"):
+                reject(reason, reply.text)
+                return outcome
+            history = [*messages, message("assistant", [text_part(reply.text)])]
 
-    def _outcome(self, record: _Record) -> dict[str, Any]:
-        """Pair the answers to each question of a complete record, and return all results in JSON types."""
-        candidates = []
-        for number, question in sorted(record.questions.items()):
-            replies = [record.answers[number, answer] for answer in range(self.num_answers)]
-            answers, problem = pair_answers(replies, self.max_answer_similarity)
-            if problem:
-                record.reject(problem, "\n".join([question, *(reply.text for reply in replies)]), number)
+        asking = Prompt(to_ask(history, len(images)), images)
+        replies = yield self._samples(asking, self.question_sampling, self.num_questions, record_id, "question")
+        outcome["drawn"] = len(replies)
+        questions: dict[int, str] = {}
+        for number, reply in enumerate(replies):
+            if reason := self.question_filter.problem(reply, {normalized(text) for text in questions.values()}):
+                reject(reason, reply.text, f"{record_id}#{number}")
             else:
-                prompt = to_answer(record.history, len(record.images), question)
-                candidates.append({"id": f"{record.id}#{number}", "prompt": prompt, "answers": answers})
-        return {"id": record.id, "drawn": record.drawn, "candidates": candidates, "rejected": record.rejected}
+                questions[number] = reply.text
+
+        prompts = {number: Prompt(to_answer(history, len(images), text), images) for number, text in questions.items()}
+        sampling = self.answer_sampling, self.num_answers, record_id, "answer"
+        answering = [self._samples(prompt, *sampling, number) for number, prompt in prompts.items()]
+        replies = iter((yield list(chain.from_iterable(answering))))
+        for number, prompt in prompts.items():
+            own = list(islice(replies, self.num_answers))
+            answers, reason = pair_answers(own, self.max_answer_similarity)
+            if reason:
+                texts = [questions[number], *(reply.text for reply in own)]
+                reject(reason, "\n".join(texts), f"{record_id}#{number}")
+            else:
+                candidate = {"id": f"{record_id}#{number}", "prompt": prompt.messages, "answers": answers}
+                outcome["candidates"].append(candidate)
+        return outcome
+
+    def _samples(self, prompt: Prompt, sampling: Sampling, count: int, *stream: Any) -> list[Request]:
+        """Return requests for independent texts, each with its own random stream."""
+        streams = [random_stream(self.seed, *stream, number) for number in range(count)]
+        return [Request(replace(prompt, stream=stream), sampling) for stream in streams]
+
+
+def _open(row: dict[str, Any]) -> tuple[str, list[OpenedImage], tuple[str, str] | None]:
+    """Open a row's images. Returns its id, the images, and the reason and details if there are none."""
+    try:
+        images = open_images(row["images"])
+    except ValueError as error:
+        return row["id"], [], ("unreadable_image", str(error))
+    return row["id"], images, None if images else ("no_image", "")

@@ -61,7 +61,7 @@ class QuestionFilter:
 
     def problem(self, reply: Reply, earlier: Collection[str] = ()) -> str | None:
         """
-        Return why a question cannot be used, in one word for counting, or None.
+        Return why a question cannot be used, as a reason code, or None.
 
         Args:
             reply ([`Reply`]): The sampled question.
@@ -151,8 +151,10 @@ def pair_answers(replies: Sequence[Reply], max_similarity: float = 0.95) -> tupl
     usable, problems, pairs, made = [], [], [], set()
     for reply in replies:
         problem = reply.problem or (not reply.text and "empty_answer") or (not reply.ended and "unfinished_answer")
-        problems += [problem] if problem else []
-        usable += [] if problem else [reply.text]
+        if problem:
+            problems.append(problem)
+        else:
+            usable.append(reply.text)
     while usable:
         first = usable.pop(0)
         same = [same_answer(first, other, max_similarity) for other in usable]

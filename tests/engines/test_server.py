@@ -22,6 +22,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, message, text_part
 from medst_trl.engines import images
 from medst_trl.engines.engine import (
+    DESCRIBE,
     ENGINES,
     OpenedImage,
     Prompt,
@@ -30,7 +31,6 @@ from medst_trl.engines.engine import (
     open_images,
     to_answer,
     to_ask,
-    to_describe,
 )
 from medst_trl.engines.kinds.server import ServerEngine, ServerSettings
 from medst_trl.engines.kinds.transformers import TransformersEngine
@@ -472,7 +472,7 @@ def test_a_real_server_writes_the_same_texts(merged, served):
     The server also respects top-k.
     """
     directory, model, processor = merged
-    described = [*to_describe(1), message("assistant", [text_part("It is dark.")])]
+    described = [*to_answer([], 1, DESCRIBE), message("assistant", [text_part("It is dark.")])]
     kinds = (to_ask([], 1), to_answer([], 1, "Where is it?"), to_ask(described, 1), to_answer(described, 1, "Is it?"))
     prompts = [prompt(messages, number) for number in range(2) for messages in kinds]
     server, local = (

@@ -81,7 +81,8 @@ def without_settings(rows):
 
 
 def test_rows_have_the_columns_of_predictions(engine, benchmark):
-    rows = list(answer_benchmark(engine, benchmark, max_new_tokens=6, model_name="tiny"))
+    engine.model_name = "tiny"
+    rows = list(answer_benchmark(engine, benchmark, max_new_tokens=6))
     asked = {question["id"]: (row["image_id"], question) for row in benchmark for question in row["questions"]}
     assert {row["id"] for row in rows} == asked.keys()
     for row in rows:

@@ -121,7 +121,8 @@ def test_candidates_have_the_group_of_their_record(policy, images):
 
 
 def test_candidates_have_the_documented_columns(policy, images, expected):
-    generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, model_name="tiny", **SHORT)
+    generate = CandidateGenerator(*policy, 2, 3, question_filter=ANY_TEXT, seed=5, **SHORT)
+    generate.engine.model_name = "/models/tiny"
     rows = list(generate(images))
     assert [row["id"] for row in rows] == [item["id"] for outcome in expected for item in outcome["candidates"]]
     assert generate.rejected == [item for outcome in expected for item in outcome["rejected"]]
@@ -361,11 +362,10 @@ def disable_shared_prompts(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_candidates_are_the_same_without_shared_prompts(policy, images, expected, monkeypatch, capsys, batch_size):
+def test_candidates_are_the_same_without_shared_prompts(policy, images, expected, monkeypatch, batch_size):
     """Each text then has its own prompt and pixels, as for families that do not share prompts."""
     disable_shared_prompts(monkeypatch)
     assert outcomes(policy, images, batch_size=batch_size) == expected
-    assert capsys.readouterr().out.count("llava models process each prompt and its images once per text") == 1
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2.5-vl"])

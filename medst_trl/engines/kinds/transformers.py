@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.processes import process_state, rank
+from medst_trl.base.processes import process_state
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
 from medst_trl.engines.decoding import SeededSampler, StopStrings, prompt_inputs, shares_prompts, write_texts
@@ -99,14 +99,7 @@ class TransformersEngine(BatchEngine):
         texts = MAX_BATCH_SIZE if self._estimates else self.batch_size
         self._most = {"text": texts, "image": min(self.batch_size, IMAGES_PER_BATCH)}
         self.model_name = getattr(self.model.config, "name_or_path", None) or None
-        self._images = None
-        if shares_prompts(self.model):
-            self._images = ImageFeatureCache(self.model, processor)
-        elif rank() == 0:
-            print(
-                f"{self.model.config.model_type} models process each prompt and its images once per text: sharing "
-                "them between texts is not tested for this family."
-            )
+        self._images = ImageFeatureCache(self.model, processor) if shares_prompts(self.model) else None
         self._image_lengths: dict[Any, int] = {}
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
@@ -136,10 +129,11 @@ class TransformersEngine(BatchEngine):
             size = self._most["text"]
             if self._estimates:  # the first prompt is the longest
                 size = min(size, largest_batch(self.model, lengths[order[start]], sampling.max_new_tokens))
-            whole = start + size
-            while start < whole < len(order) and groups[order[whole - 1]] == groups[order[whole]]:
-                whole -= 1
-            return size if whole == start else whole - start  # one group larger than the batch is divided
+            end = start + size
+            # A group of equal prompts is not divided between batches, unless it is larger than one.
+            while start < end < len(order) and groups[order[end - 1]] == groups[order[end]]:
+                end -= 1
+            return end - start or size
 
         def write_batch(batch: list[int]) -> list[tuple[str, bool]]:
             return self._write_batch([prompts[place] for place in batch], [groups[place] for place in batch], sampling)

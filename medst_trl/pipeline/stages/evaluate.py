@@ -204,10 +204,10 @@ def _run(args: EvaluateArguments, engine_settings: Any, settings: Sequence[Any],
         for control in args.controls:  # before the model answers anything
             shown_rows(benchmark["image_id"][:], control, args.seed)
     engine = ENGINES.get(args.engine).open(args.model_name_or_path, engine_settings)
+    engine.model_name = args.model_name_or_path
     engine.check()
     state, counts = process_state(), {}
     asking = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "max_records")}
-    asking["model_name"] = args.model_name_or_path
     for name, source, directory, benchmark in zip(args.benchmark, data, _output_directories(args), benchmarks):
         paths = {one: control_path(directory / PREDICTIONS_FILE, one) for one in (None, *args.controls)}
         for control, path in paths.items():

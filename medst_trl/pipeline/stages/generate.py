@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, number_of
 from medst_trl.base.files import fill_rows, read_jsonl, write_jsonl
-from medst_trl.base.hub_ids import public_name
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import check_bounds, documented, settings_among
 from medst_trl.data.loading import load_records
@@ -183,6 +182,7 @@ def main(args: GenerateArguments, *engine_settings: Any) -> None:
     with record:
         kind = ENGINES.get(args.engine)
         engine = kind.open(args.model_name_or_path, settings_among(engine_settings, kind.settings))
+        engine.model_name = args.model_name_or_path
         if not log.exists():
             engine.check()
         generator = make_generator(args, engine)
@@ -217,7 +217,6 @@ def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
         question_sampling=Sampling(*asking),
         answer_sampling=Sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens),
         question_filter=QuestionFilter(args.min_question_words, args.max_question_words, args.english_questions),
-        model_name=public_name(args.model_name_or_path),  # candidates are shared, local paths not
         **{name: getattr(args, name) for name in names},
     )
 
