@@ -181,8 +181,9 @@ PREDICTION_FORMATS.register(
         name=OWN_FORMAT,
         summary="ours, JSON lines",
         expected="A predictions file is JSON lines: one object per line with answer, answer_type and prediction.",
-        needs=("prediction",),
+        needs=(),  # `read_answer` names a record by its id
         guess=lambda path, first: False,  # the default
+        rows=lambda path, needs: read_json_records(path, "prediction"),
     )
 )
 

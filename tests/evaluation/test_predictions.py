@@ -30,7 +30,7 @@ def test_malformed_lines_are_rejected(tmp_path):
     assert [(row["id"], row["reason"]) for row in rejected] == [
         ("row 2", "not JSON"),
         ("row 3", "not a JSON object"),
-        ("row 4", "no prediction"),
+        ("c", "no prediction"),
         ("d", "unknown answer_type"),
         ("a", "repeated id"),
         ("row 7", "invalid Unicode"),

@@ -52,21 +52,6 @@ from medst_trl.selftrain.filters import QuestionFilter
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Advice for the most frequent reason when everything is rejected.
-_ADVICE = {
-    "not_a_question": (
-        "Train stage 1 longer, or lower --question_temperature. For languages other than English set "
-        "--english_questions false. A server has to use the policy's own chat template."
-    ),
-    "unfinished": "Raise --max_question_tokens.",
-    "unfinished_answer": "Raise --max_new_tokens.",
-    "identical_answers": "Raise --temperature or --num_answers.",
-    "nearly_identical_answers": "Raise --temperature, --num_answers or --max_answer_similarity.",
-    "too_short": "Lower --min_question_words.",
-    "too_long": "Raise --max_question_words.",
-    "request_failed": "The server refused every request; its reason is in rejected.jsonl.",
-}
-
 
 @documented
 @dataclass
@@ -261,9 +246,8 @@ def select_records(dataset: "Dataset", skip: int = 0, most: int | None = None) -
     chosen = rows[skip:] if most is None else rows[skip : skip + most]
     if not chosen:
         raise UserError(
-            f"No images are left to ask about: {len(dataset)} records have {len(rows)} different sets of images, and "
-            f"skip_records is {skip}. Prepare more images, or lower skip_records; in a run of several rounds, which "
-            "skip the images of earlier rounds, lower max_records so that every round has images."
+            f"No images are left: {len(dataset)} records have {len(rows)} different sets of images, skip_records is "
+            f"{skip}. Prepare more images, or lower skip_records (in a run of several rounds: max_records)."
         )
     return dataset.select(chosen), rejected
 
@@ -297,10 +281,10 @@ def _write_candidates(
     path = Path(args.output_dir, "rejected.jsonl")
     write_jsonl(path, rejected)
     if not candidates:
-        advice = _ADVICE.get(next(iter(counts["rejected"]), ""), "Read the rejected texts there.")
         raise UserError(
             f"All of {counts['questions']} questions about {number_of(counts['images'], 'image')} were rejected: "
-            f"{list_reasons(counts['rejected'])}. See {path}. {advice} To ask again, add --overwrite."
+            f"{list_reasons(counts['rejected'])}. The texts are in {path}, and docs/troubleshooting.md says what to "
+            "change for each reason. To ask again, add --overwrite."
         )
     directory = Path(args.output_dir, "candidates")
     write_split(directory, "train", candidates, make_row, features_of("candidates"), args.rows_per_shard)

@@ -254,10 +254,10 @@ def test_malformed_lines_are_rejected(predictions, tmp_path, capsys):
     predictions.write_text("\n".join([lines[0], lines[1][:30], *lines[2:], '{"id": "x"}']))
     evaluate(predictions=str(predictions), output_dir=str(tmp_path / "out"))
     rejected = read_jsonl(tmp_path / "out" / "rejected.jsonl")
-    assert [(row["id"], row["reason"]) for row in rejected] == [("row 2", "not JSON"), ("row 5", "no prediction")]
+    assert [(row["id"], row["reason"]) for row in rejected] == [("row 2", "not JSON"), ("x", "no answer")]
     counts = json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]
-    assert counts == {"records": 3, "rejected": {"not JSON": 1, "no prediction": 1}, "cut_off": 0}
-    assert "2 lines were rejected (1 not JSON, 1 no prediction)" in capsys.readouterr().out
+    assert counts == {"records": 3, "rejected": {"not JSON": 1, "no answer": 1}, "cut_off": 0}
+    assert "2 lines were rejected (1 not JSON, 1 no answer)" in capsys.readouterr().out
 
 
 def test_files_of_other_projects_are_scored(inputs, finished, tmp_path, capsys):
