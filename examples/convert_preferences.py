@@ -18,16 +18,17 @@ from pathlib import Path
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, write_text
+from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
 from medst_trl.data.conform import conform
 from medst_trl.data.identify import with_image_ids
 from medst_trl.data.images import publishable
 from medst_trl.data.loading import load_records
-from medst_trl.data.schema import with_stored_images
+from medst_trl.data.schema import features_of, with_stored_images, write_split
+from medst_trl.data.source import list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER
-from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preferences
-from medst_trl.selftrain.preferences import select_preferences
+from medst_trl.interop.preference_files import FORMATS, PreferenceFile, read_preference_file
+from medst_trl.selftrain.preferences import Preferences, select_preferences
 
 
 def main(path: str, image_folder: str, directory: str, benchmark: str | None = None) -> dict:
@@ -48,6 +49,30 @@ def back(directory: str, path: str, image_folder: str, format: str = "stllava_me
     dataset = load_records(directory, "train")
     write_preference_file(dataset, path, image_folder, format)
     print(f"{path}: {len(dataset)} pairs, with images in {image_folder}")
+
+
+def write_preferences(folder: str | Path, preferences: Preferences, file: PreferenceFile) -> None:
+    """
+    Write the selected pairs of a file as a dataset with its images, for `medst dpo --dataset FOLDER`.
+
+    Writes `{train,validation}-*.parquet` and `rejected.jsonl`. Files that exist are complete and stay.
+
+    Raises:
+        UserError: if there is no pair, with the number of dropped pairs by reason.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "rejected.jsonl", preferences.rejected)
+    if not (preferences.train or preferences.validation):
+        reasons = list_reasons(preferences.counts["rejected"])
+        raise UserError(f"No preference pair is left ({reasons or 'there was none'}). See {folder}/rejected.jsonl.")
+
+    def row(pair: dict) -> dict:
+        stored = (file.images.load(name, identify=False).bytes for name in pair["images"])
+        return pair | {"images": [{"bytes": data, "path": None} for data in stored]}
+
+    for split in ("train", "validation"):
+        write_split(folder, split, getattr(preferences, split), row, features_of("preferences"), rows_per_shard=512)
 
 
 def write_preference_file(

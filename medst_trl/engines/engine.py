@@ -135,8 +135,8 @@ class Engine(ABC):
         model_name (`str`, *optional*):
             Name of its model, for the column `generation`. The commands set it to `model_name_or_path`.
         batch_size (`int`, *optional*):
-            Number of requests per batch: callers pass [`Engine.run`] a few batches per call. None for an engine that
-            starts each request when it has room: callers pass all requests in one call.
+            Number of requests per batch: callers make groups of a few batches, see [`Engine.run`]. None for an engine
+            that starts each request when it has room.
     """
 
     name: str
@@ -145,14 +145,17 @@ class Engine(ABC):
 
     @abstractmethod
     def run(
-        self, first: Iterable[Request], then: Callable[[Request, Reply], Iterable[Request]] = lambda request, reply: ()
+        self,
+        first: Iterable[Iterable[Request]],
+        then: Callable[[Request, Reply], Iterable[Request]] = lambda request, reply: (),
     ) -> Iterator[tuple[Request, Reply]]:
         """
         Answer requests, and those that follow from their replies.
 
         Args:
-            first (iterable of [`Request`]):
-                The first requests. Consumed lazily, as soon as the engine can start another request.
+            first (iterable of iterables of [`Request`]):
+                The first requests, in groups. Consumed lazily. An engine with batches answers a group and what follows
+                from it before it takes the next. Others start each request as soon as they have room.
             then (`Callable`, *optional*):
                 Maps a request and its reply to follow-up requests. It is called in the caller's thread, before the
                 reply is yielded.
@@ -168,7 +171,7 @@ class Engine(ABC):
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """Write one text for each prompt and return the replies in the order of the prompts."""
         requests = [Request(prompt, sampling, number) for number, prompt in enumerate(prompts)]
-        replies = {request.tag: reply for request, reply in self.run(requests)}
+        replies = {request.tag: reply for request, reply in self.run([requests])}
         return [replies[number] for number in range(len(requests))]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
@@ -222,8 +225,11 @@ class BatchEngine(Engine):
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]: ...
 
     def run(self, first, then=lambda request, reply: ()):
-        """Write all first requests, then all follow-up requests, and so on. See [`Engine.run`]."""
-        wave = list(first)
+        """Write all requests of a group, then all follow-up requests, and so on. See [`Engine.run`]."""
+        for group in first:
+            yield from self._run_group(list(group), then)
+
+    def _run_group(self, wave: list[Request], then: Callable) -> Iterator[tuple[Request, Reply]]:
         while wave:
             following = []
             for sampling in dict.fromkeys(request.sampling for request in wave):

@@ -17,7 +17,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,15 +155,14 @@ def answer_benchmark(
     # A batch with any question left is computed as a whole, so that its numbers stay the same.
     batches = [batch for batch in batches if any(question["id"] not in done for question in batch)]
     left = sum(map(len, batches))
-    calls = batches if engine.batch_size else [list(chain.from_iterable(batches))]
+    requests = ([Request(prompt(question), sampling, question) for question in batch] for batch in batches)
     title, is_hidden = control or "answers", not state.is_main_process
     with tqdm(total=total, initial=total - left, desc=title, unit="question", disable=is_hidden) as bar:
-        for call in calls:
-            for request, reply in engine.run(Request(prompt(question), sampling, question) for question in call):
-                bar.update()
-                if request.tag["id"] not in done:
-                    image_shown = None if control == "blank" else image_ids[shown[request.tag["row"]]]
-                    yield _prediction(request.tag, reply, settings | {"image_shown": image_shown})
+        for request, reply in engine.run(requests):
+            bar.update()
+            if request.tag["id"] not in done:
+                image_shown = None if control == "blank" else image_ids[shown[request.tag["row"]]]
+                yield _prediction(request.tag, reply, settings | {"image_shown": image_shown})
 
 
 def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, Any]) -> dict[str, Any]:

@@ -15,17 +15,14 @@ from functools import cache
 from math import isfinite
 from pathlib import Path
 
-from medst_trl.base.errors import UserError
-from medst_trl.base.files import write_jsonl
 from medst_trl.data.cells import BadRecord, published_id
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.images import FolderImages
 from medst_trl.data.reading import read_json_rows
-from medst_trl.data.schema import features_of, text_of, write_split
-from medst_trl.data.source import Records, Rejected, check_image_folder, list_reasons
+from medst_trl.data.schema import text_of
+from medst_trl.data.source import Records, Rejected, check_image_folder
 from medst_trl.data.sources.llava import image_names, llava_messages
-from medst_trl.selftrain.preferences import Preferences
 
 
 # Chosen and rejected conversation of a record, by format.
@@ -33,7 +30,6 @@ FORMATS = {
     "stllava_med": ("chosen_conversations", "reject_conversations"),
     "mmedpo": ("conversations", "rejected_conversations"),
 }
-ROWS_PER_SHARD = 512
 
 
 @dataclass
@@ -67,9 +63,7 @@ class _Pair:
     row: dict
 
 
-def read_preference_file(
-    path: str | os.PathLike, image_folder: str | os.PathLike, max_pixels: int = ImageSettings.max_pixels
-) -> PreferenceFile:
+def read_preference_file(path: str | os.PathLike, image_folder: str | os.PathLike) -> PreferenceFile:
     """
     Read a JSON array or JSON lines of either format, which each record's keys show. Names of keys may differ in case
     and blanks, and `images` is `image`.
@@ -85,8 +79,6 @@ def read_preference_file(
             The file.
         image_folder (`str` or `os.PathLike`):
             Directory of the images. No image may be outside.
-        max_pixels (`int`, *optional*, defaults to 100 million):
-            Larger images are rejected before they are decoded.
 
     Raises:
         UserError: if the file contains no records, or the directory does not exist.
@@ -96,13 +88,12 @@ def read_preference_file(
     ```python
     file = read_preference_file("mmedpo_vqa-rad_dpo_weighted.json", "vqa_rad/images")
     preferences = select_preferences(file.pairs, file.rejected, near_hashes=file.near_hashes, validation_share=0.05)
-    write_preferences("preferences", preferences, file)  # for `medst dpo --dataset preferences`
     ```
     """
     path, image_folder = Path(path), Path(image_folder)
     check_image_folder(image_folder)
     near_hashes: dict[str, str | None] = {}
-    images = FolderImages(image_folder, ImageSettings(max_pixels))
+    images = FolderImages(image_folder, ImageSettings())
     records = Records("preferences", image_folder)
 
     @cache
@@ -147,27 +138,3 @@ def _read_pair(record: dict) -> dict:
     *prompt, good, bad = turns
     row = {"images": list(images), "prompt": prompt, "chosen": [good], "rejected": [bad]}
     return row | {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}
-
-
-def write_preferences(folder: str | os.PathLike, preferences: Preferences, file: PreferenceFile) -> None:
-    """
-    Write the selected pairs of a file as a dataset with its images, for `medst dpo --dataset FOLDER`.
-
-    Writes `{train,validation}-*.parquet` and `rejected.jsonl`. Files that exist are complete and stay.
-
-    Raises:
-        UserError: if there is no pair, with the number of dropped pairs by reason.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "rejected.jsonl", preferences.rejected)
-    if not (preferences.train or preferences.validation):
-        reasons = list_reasons(preferences.counts["rejected"])
-        raise UserError(f"No preference pair is left ({reasons or 'there was none'}). See {folder}/rejected.jsonl.")
-
-    def row(pair: dict) -> dict:
-        stored = (file.images.load(name, identify=False).bytes for name in pair["images"])
-        return pair | {"images": [{"bytes": data, "path": None} for data in stored]}
-
-    for split in ("train", "validation"):
-        write_split(folder, split, getattr(preferences, split), row, features_of("preferences"), ROWS_PER_SHARD)

@@ -4,7 +4,7 @@
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 BATCHES_PER_WINDOW = 2  # batches are made within a window of records; an interrupted run repeats at most one
-OPENING_THREADS = 2  # for engines without windows
+OPENING_THREADS = 2
 _SHOWN = 500  # characters of a rejected text that are kept
 
 
@@ -158,7 +158,7 @@ class CandidateGenerator:
 
         Yields:
             `dict`: `id` of the record, `drawn` (number of questions), `candidates` (id, prompt, answers) and
-            `rejected` (id, reason, value).
+            `rejected` (id, reason, value), as soon as the record is complete.
         """
         from tqdm.auto import tqdm
 
@@ -170,10 +170,11 @@ class CandidateGenerator:
         state = process_state()
         windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
         left = [window for window in windows if any(ids[row] not in done for row in window)]
-        total, remaining = (sum(map(len, some)) for some in (windows, left))
-        finished = self._outcomes(dataset, left)
-        bar = {"total": total, "initial": total - remaining, "unit": "image", "disable": not state.is_main_process}
-        yield from (outcome for outcome in tqdm(finished, "candidates", **bar) if outcome["id"] not in done)
+        rows, ahead = with_stored_images(dataset), None if self.engine.batch_size is None else 1
+        opened = ordered_map(lambda window: [_open(rows[row]) for row in window], left, OPENING_THREADS, ahead)
+        total, is_hidden = sum(map(len, left)), not state.is_main_process
+        finished = tqdm(self._finished(opened), "candidates", total, unit="image", disable=is_hidden)
+        yield from (outcome for outcome in finished if outcome["id"] not in done)
 
     def row_maker(self, dataset: "Dataset") -> Callable[[dict[str, Any]], dict[str, Any]]:
         """
@@ -219,20 +220,7 @@ class CandidateGenerator:
         size = 1 if batch_size is None else max(1, min(BATCHES_PER_WINDOW * batch_size, -(-records // processes)))
         return [range(start, min(start + size, records)) for start in range(0, records, size)]
 
-    def _outcomes(self, dataset: "Dataset", windows: Sequence[range]) -> Iterator[dict[str, Any]]:
-        rows = with_stored_images(dataset)
-
-        def opened(window: Iterable[int]) -> list[tuple]:
-            return [_open(rows[row]) for row in window]
-
-        if self.engine.batch_size is None:
-            yield from self._finished(chain.from_iterable(ordered_map(opened, windows, OPENING_THREADS)))
-            return
-        for records in ordered_map(opened, windows, num_workers=1, ahead=1):
-            outcomes = {outcome["id"]: outcome for outcome in self._finished(records)}
-            yield from (outcomes[record_id] for record_id, _, _ in records)
-
-    def _finished(self, records: Iterable[tuple]) -> Iterator[dict[str, Any]]:
+    def _finished(self, windows: Iterable[list[tuple]]) -> Iterator[dict[str, Any]]:
         """Take the steps of records from [`_open`], and yield the outcome of each record when it is complete."""
         complete: deque[dict[str, Any]] = deque()
 
@@ -251,8 +239,11 @@ class CandidateGenerator:
             replies[place] = reply
             return [] if None in replies else requests_after(steps, replies)
 
-        first = chain.from_iterable(requests_after(self._steps(*record), None) for record in records)
-        for _ in self.engine.run(first, then):
+        def first_requests(records: list[tuple]) -> Iterator[Request]:
+            return chain.from_iterable(requests_after(self._steps(*record), None) for record in records)
+
+        run = self.engine.run(map(first_requests, windows), then)
+        while next(run, None):  # a loop variable would keep the last images of a window
             while complete:
                 yield complete.popleft()
         yield from complete

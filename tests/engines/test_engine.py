@@ -164,7 +164,7 @@ def test_a_batch_engine_answers_follow_up_requests_together():
         return [ask(request.tag + "?", 1.0), ask(request.tag + "!")] if len(request.tag) == 1 else []
 
     engine, order = Upper(), []
-    pairs = [(request.tag, reply.text) for request, reply in engine.run(map(ask, "abc"), then)]
+    pairs = [(request.tag, reply.text) for request, reply in engine.run([map(ask, "abc")], then)]
     assert [tag for tag, _ in pairs] == order == ["a", "b", "c", "a?", "b?", "c?", "a!", "b!", "c!"]
     assert all(text == tag.upper() for tag, text in pairs)
     assert engine.batches_written == [

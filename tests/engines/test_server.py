@@ -257,7 +257,7 @@ def test_follow_up_requests_start_as_soon_as_their_reply_arrives(fake_server):
         return Request(prompt(to_answer([], 1, text)), Sampling(), text)
 
     fake_server.reply = reply
-    run = server_engine(fake_server.url, "m", concurrency=2).run(map(ask, ["slow", "fast"]), then)
+    run = server_engine(fake_server.url, "m", concurrency=2).run([map(ask, ["slow", "fast"])], then)
     assert sorted(request.tag for request, _ in run) == ["fast", "fast again", "fast again and again", "slow"]
 
 
@@ -269,7 +269,7 @@ def test_requests_are_made_only_when_there_is_room_for_them(fake_server):
             made.append(number)
             yield Request(prompt(to_ask([], 1)), Sampling())
 
-    run = server_engine(fake_server.url, "m", concurrency=3).run(requests())
+    run = server_engine(fake_server.url, "m", concurrency=3).run([requests()])
     next(run)
     assert len(made) == 3
     run.close()
@@ -326,7 +326,7 @@ def test_the_budget_of_an_engine_is_never_exceeded(fake_server):
     sampling = Sampling(max_new_tokens=10)
     requests = [Request(prompt(to_answer([], 1, "Where is it?")), sampling, number) for number in range(50)]
     with pytest.raises(UserError, match="budget is used up.*max_cost 2.*raise --max_cost"):
-        for item in engine.run(requests):
+        for item in engine.run([requests]):
             replies.append(item)
     paid = len(fake_server.requests) * 0.21
     assert 1 < paid <= 2 and engine.budget.spent == pytest.approx(paid)

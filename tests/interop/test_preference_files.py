@@ -14,12 +14,13 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.conform import conform
 from medst_trl.data.images import FolderImages, image_id
 from medst_trl.data.loading import load_records
-from medst_trl.interop.preference_files import FORMATS, read_preference_file, write_preferences
+from medst_trl.interop.preference_files import FORMATS, read_preference_file
 from medst_trl.selftrain.preferences import select_preferences
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_preferences.py"
-write_preference_file = runpy.run_path(str(EXAMPLE))["write_preference_file"]
+example = runpy.run_path(str(EXAMPLE))
+write_preferences, write_preference_file = example["write_preferences"], example["write_preference_file"]
 
 
 def small_image(seed: int) -> Image.Image:

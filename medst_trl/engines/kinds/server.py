@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any
 
@@ -150,7 +151,7 @@ class ServerEngine(Engine):
         def follow(call: Call, outcome: Outcome) -> Iterator[Call]:
             return map(self._call, then(call.tag, self._reply(client, outcome)))
 
-        for call, outcome in client.run(map(self._call, first), follow):
+        for call, outcome in client.run(map(self._call, chain.from_iterable(first)), follow):
             yield call.tag, self._reply(client, outcome)
 
     def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:

@@ -246,8 +246,8 @@ def select_records(dataset: "Dataset", skip: int = 0, most: int | None = None) -
     chosen = rows[skip:] if most is None else rows[skip : skip + most]
     if not chosen:
         raise UserError(
-            f"No images are left: {len(dataset)} records have {len(rows)} different sets of images, skip_records is "
-            f"{skip}. Prepare more images, or lower skip_records (in a run of several rounds: max_records)."
+            f"No images are left: {len(dataset)} records have {len(rows)} different sets of images, and "
+            f"skip_records is {skip}. Prepare more images, or lower skip_records (with several rounds: max_records)."
         )
     return dataset.select(chosen), rejected
 

@@ -268,7 +268,7 @@ def test_images_are_preferred_if_they_exist(inputs, tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5. It must be at least 0.01 and at most 1"),
         ({"max_question_words": 2, "min_question_words": 3}, "max_question_words is 2"),
-        ({"skip_records": 99}, "skip_records is 99.*in a run of several rounds: max_records"),
+        ({"skip_records": 99}, "skip_records is 99.*lower skip_records.*with several rounds: max_records"),
         ({"dtype": "float17"}, "Unknown dtype 'float17'.*auto, float32"),
         ({"split": "test"}, "no split 'test'"),
         ({"images": "/nowhere/images"}, "/nowhere/images"),
