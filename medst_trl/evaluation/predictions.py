@@ -31,10 +31,7 @@ OWN_FORMAT = "medst"
 PREDICTIONS_FILE = "predictions.jsonl"
 
 _REASONS = {"malformed_json": "not JSON", "not_an_object": "not a JSON object", "bad_quotes": "unclosed quotes"}
-_NO_ANSWERS = (
-    "It holds no right answers. Give the benchmark that it answers: a directory, a Hub id, or LLaVA-Med's file of "
-    "questions (.json)."
-)
+_NO_ANSWERS = "It holds no right answers. Give the benchmark that it answers, see `medst evaluate --help`."
 
 
 def _read_json(path: Path, needs: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
@@ -154,17 +151,12 @@ def _record(format: PredictionFormat, row: dict[str, Any] | Rejected, number: in
         record = format.record(row, number)
         if not isinstance(record.get("id", ""), str | int):
             raise BadRecord("id is not a text", record["id"])
-        check_unicode(record)
+        text = json.dumps(record, ensure_ascii=False, default=str)
+        if printable(text) != text:  # lone surrogates, from bytes in another encoding
+            raise BadRecord("invalid Unicode", text)
     except BadRecord as error:
         return error
     return record
-
-
-def check_unicode(record: dict[str, Any]) -> None:
-    """Raise a [`BadRecord`] if UTF-8 cannot hold its texts (lone surrogates, from bytes in another encoding)."""
-    text = json.dumps(record, ensure_ascii=False, default=str)
-    if printable(text) != text:
-        raise BadRecord("invalid Unicode", text)
 
 
 def guess_format(path: str | os.PathLike) -> str:

@@ -73,10 +73,7 @@ def _question(record: Any, name: str) -> dict[str, Any]:
             "question_type": None,
         }
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(
-            f"{name} is not one of LLaVA-Med's questions: expected id, answer_type and conversations with a question "
-            "and its answer. Give a benchmark that `medst prepare` wrote, or LLaVA-Med's test file."
-        ) from None
+        raise UserError(f"{name} is not one of LLaVA-Med's questions, with id, answer_type, conversations.") from None
 
 
 def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: Path) -> list[ReadRow]:

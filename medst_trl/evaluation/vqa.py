@@ -151,18 +151,14 @@ def answer_benchmark(
     batches = engine.batches(len(questions), lambda number: prompt(questions[number]))
     own = batches[state.process_index :: state.num_processes]
     batches = [[questions[number] for number in batch] for batch in own]
-    total = sum(map(len, batches))
     # A batch with any question left is computed as a whole, so that its numbers stay the same.
     batches = [batch for batch in batches if any(question["id"] not in done for question in batch)]
-    left = sum(map(len, batches))
     requests = ([Request(prompt(question), sampling, question) for question in batch] for batch in batches)
-    title, is_hidden = control or "answers", not state.is_main_process
-    with tqdm(total=total, initial=total - left, desc=title, unit="question", disable=is_hidden) as bar:
-        for request, reply in engine.run(requests):
-            bar.update()
-            if request.tag["id"] not in done:
-                image_shown = None if control == "blank" else image_ids[shown[request.tag["row"]]]
-                yield _prediction(request.tag, reply, settings | {"image_shown": image_shown})
+    bar = {"total": sum(map(len, batches)), "unit": "question", "disable": not state.is_main_process}
+    for request, reply in tqdm(engine.run(requests), control or "answers", **bar):
+        if request.tag["id"] not in done:
+            image_shown = None if control == "blank" else image_ids[shown[request.tag["row"]]]
+            yield _prediction(request.tag, reply, settings | {"image_shown": image_shown})
 
 
 def _prediction(question: dict[str, Any], reply: Reply, generation: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +211,7 @@ def questions_of(benchmark: "Dataset", max_records: int | None = None) -> list[d
     for row, record in enumerate(benchmark.remove_columns("image")):
         for question in record["questions"]:
             if question["id"] in questions:
-                raise UserError(
-                    f"Two questions of the benchmark have the id {question['id']!r}. Give each its own id and prepare "
-                    "the benchmark again."
-                )
+                raise UserError(f"Two questions of the benchmark have the id {question['id']!r}. Give each its own.")
             about = {"id": question["id"], "image_id": record["image_id"], "group_id": record.get("group_id")}
             questions[question["id"]] = about | question | {"row": row}
     if not questions:

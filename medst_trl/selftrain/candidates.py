@@ -172,8 +172,8 @@ class CandidateGenerator:
         left = [window for window in windows if any(ids[row] not in done for row in window)]
         rows, ahead = with_stored_images(dataset), None if self.engine.batch_size is None else 1
         opened = ordered_map(lambda window: [_open(rows[row]) for row in window], left, OPENING_THREADS, ahead)
-        total, is_hidden = sum(map(len, left)), not state.is_main_process
-        finished = tqdm(self._finished(opened), "candidates", total, unit="image", disable=is_hidden)
+        bar = {"total": sum(map(len, left)), "unit": "image", "disable": not state.is_main_process}
+        finished = tqdm(self._finished(opened), "candidates", **bar)
         yield from (outcome for outcome in finished if outcome["id"] not in done)
 
     def row_maker(self, dataset: "Dataset") -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -34,10 +34,8 @@ IMAGES_PER_BATCH = 32  # images; more do not make a vision tower faster
 MAX_BATCH_SIZE = 256  # larger batches are hardly faster: reading the cache then takes most time
 SHARE_OF_FREE = 0.8  # allocators leave gaps, and a layer of the cache is in memory twice while it grows
 _TOO_LARGE = (
-    "Not enough memory for a single {}. Use a smaller model or --dtype bfloat16, images with fewer pixels (the size "
-    "or max_pixels of the model's processor), shorter texts (max_new_tokens, max_question_tokens), or a machine with "
-    "more memory. If main memory is what runs out, a smaller --batch_size helps: fewer images are in memory together. "
-    "Finished work is kept."
+    "Not enough memory for a single {}. Use a smaller model or --dtype bfloat16, smaller images (max_pixels of the "
+    "model's processor) or shorter texts (max_new_tokens). If main memory is full, use a smaller --batch_size."
 )
 # For each token of the vocabulary: scores in float32, warped, sorted, and cumulated in float64.
 BYTES_PER_SCORE = 64
