@@ -118,11 +118,11 @@ def read_predictions(
     ```
     """
     found, path = PREDICTION_FORMATS.get(format or guess_format(path)), Path(path)
-    rows = [(f"row {number + 1}", _record(found, row, number)) for number, row in found.rows(path, found.needs)]
+    rows = {f"row {number + 1}": _record(found, row, number) for number, row in found.rows(path, found.needs)}
     if benchmark is not None:
         rows = join_questions(rows, read_questions(benchmark, split), path)
     records, rejected = {}, []
-    for name, row in rows:
+    for name, row in rows.items():
         try:
             if isinstance(row, BadRecord):
                 raise row

@@ -21,8 +21,8 @@ from medst_trl.data.reading import read_json_records
 
 Benchmark = str | os.PathLike | Iterable[Mapping[str, Any]]
 """A benchmark's directory or Hub id, a file of questions, or the questions themselves."""
-ReadRow = tuple[str, dict[str, Any] | BadRecord]
-"""The name of a row in a file, for messages, and its record or the reason why there is none."""
+Rows = dict[str, dict[str, Any] | BadRecord]
+"""The rows of a file by their names, each as a record or the reason why there is none."""
 
 NOT_ENGLISH = "not in English"
 # What a benchmark says about an id.
@@ -76,7 +76,7 @@ def _question(record: Any, name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not one of LLaVA-Med's questions, with id, answer_type, conversations.") from None
 
 
-def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: Path) -> list[ReadRow]:
+def join_questions(rows: Rows, questions: list[dict[str, Any]], path: Path) -> Rows:
     """
     Give every prediction the id, the right answer, the types and the image of its question.
 
@@ -87,24 +87,24 @@ def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: P
     the file must be the benchmark's.
 
     Args:
-        rows (`list`):
-            Rows of a file.
+        rows (`dict`):
+            Rows of a file by their names.
         questions (`list[dict]`):
             The benchmark's, see [`read_questions`].
         path (`Path`):
             The file, to name it.
 
     Returns:
-        `list`: the rows. Rows about no question of the benchmark are rejected, too, and questions without a prediction
+        `dict`: the rows. Rows about no question of the benchmark are rejected, too, and questions without a prediction
         follow as rejected rows.
 
     Raises:
         UserError: if they can be joined neither by id nor by order.
     """
-    records = {position: record for position, (_, record) in enumerate(rows) if isinstance(record, dict)}
+    records = {name: row for name, row in rows.items() if isinstance(row, dict)}
     failures = [f"{len(rows)} rows, {len(questions)} questions"]
     for by, found in _matchings(rows, records, questions):
-        differing = [at for at, question in found.items() if question and not _agree(records[at], question)]
+        differing = [name for name, question in found.items() if question and not _agree(records[name], question)]
         if not differing:
             return _joined(rows, found, questions)
         asked, there = records[differing[0]].get("question"), found[differing[0]]["question"]
@@ -116,34 +116,32 @@ def join_questions(rows: list[ReadRow], questions: list[dict[str, Any]], path: P
 
 
 def _matchings(
-    rows: list[ReadRow], records: dict[int, dict], questions: list[dict[str, Any]]
-) -> Iterator[tuple[str, dict[int, dict | None]]]:
-    """Yield the possible matchings: a name, and the question of each record by its position."""
+    rows: Rows, records: dict[str, dict], questions: list[dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, dict | None]]]:
+    """Yield the possible matchings: what they go by, and the question of each record."""
     known = _by_id(questions)
-    by_id = {position: known.get(str(record.get("id"))) for position, record in records.items()}
+    by_id = {name: known.get(str(record.get("id"))) for name, record in records.items()}
     if 2 * sum(question is not None for question in by_id.values()) > len(records):
         yield "id", by_id
     # MedEvalKit asks SLAKE's questions in both languages; a benchmark has one.
-    asked = [at for at, (_, row) in enumerate(rows) if isinstance(row, dict) or row.reason != NOT_ENGLISH]
+    asked = [name for name, row in rows.items() if isinstance(row, dict) or row.reason != NOT_ENGLISH]
     if len(asked) == len(questions):
         by_number = sorted(questions, key=lambda question: list(map(int, re.findall(r"\d+", str(question["id"])))))
         for by, order in (("order", questions), ("order of ids", by_number)):
-            yield by, {position: question for position, question in zip(asked, order) if position in records}
+            yield by, {name: question for name, question in zip(asked, order) if name in records}
 
 
-def _joined(rows: list[ReadRow], found: dict[int, dict | None], questions: list[dict[str, Any]]) -> list[ReadRow]:
-    joined: list[ReadRow] = []
-    for position, (name, record) in enumerate(rows):
-        if isinstance(record, BadRecord):
-            joined.append((name, record))
-        elif found[position] is None:
-            joined.append((name, BadRecord("not in the benchmark", record.get("id"))))
+def _joined(rows: Rows, found: dict[str, dict | None], questions: list[dict[str, Any]]) -> Rows:
+    joined = dict(rows)
+    for name, question in found.items():
+        if question is None:
+            joined[name] = BadRecord("not in the benchmark", rows[name].get("id"))
         else:
-            rest = {key: value for key, value in record.items() if key not in ("id", *GOLD, "answer_type_guessed")}
-            joined.append((name, {key: found[position].get(key) for key in ("id", *GOLD)} | rest))
+            rest = {key: value for key, value in rows[name].items() if key not in ("id", *GOLD, "answer_type_guessed")}
+            joined[name] = {key: question.get(key) for key in ("id", *GOLD)} | rest
     answered = {question["id"] for question in found.values() if question}
-    missing = [question["id"] for question in questions if question["id"] not in answered]
-    return joined + [(key, BadRecord("no prediction for a question", key)) for key in map(str, missing)]
+    missing = [str(question["id"]) for question in questions if question["id"] not in answered]
+    return joined | {key: BadRecord("no prediction for a question", key) for key in missing}
 
 
 def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -14,20 +14,11 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import world_size
 from medst_trl.base.settings import check_choice, check_url, documented
 from medst_trl.data.cells import printable
+from medst_trl.data.schema import message, text_part
 from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, Stopped
 from medst_trl.engines.client import Client
 from medst_trl.engines.cost import Budget, RequestSize, image_tokens
-from medst_trl.engines.engine import (
-    ENGINES,
-    Engine,
-    EngineKind,
-    Prompt,
-    Reply,
-    Request,
-    Sampling,
-    sent_parts,
-    to_answer,
-)
+from medst_trl.engines.engine import ENGINES, Engine, EngineKind, Prompt, Reply, Request, Sampling, sent_parts
 from medst_trl.policy.vusr import ZERO_WIDTH_NON_JOINER
 
 
@@ -134,7 +125,7 @@ class ServerEngine(Engine):
         Raises:
             UserError: if not.
         """
-        client, hello = self._client(), Prompt(to_answer([], 0, "Hello"), [])
+        client, hello = self._client(), Prompt([message("user", [text_part("Hello")])], [])
         # More than one token: hosted models that think before they answer may refuse a shorter reply.
         ((_, outcome),) = client.run([self._call(Request(hello, Sampling(max_new_tokens=16)))])
         reply = self._reply(client, outcome)

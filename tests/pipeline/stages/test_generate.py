@@ -134,16 +134,15 @@ def test_an_interrupted_run_resumes(finished, inputs, tmp_path, monkeypatch, aft
                 raise Killed
             yield outcome
 
+    def counted(self, windows):
+        return finished_records(self, (window_sizes.append(len(window)) or window for window in windows))
+
     outcomes, finished_records, window_sizes = CandidateGenerator.outcomes, CandidateGenerator._finished, []
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(CandidateGenerator, "outcomes", killed)
         main(*arguments(inputs, tmp_path / "out"))
     assert not (tmp_path / "out" / "candidates").exists()
-    monkeypatch.setattr(
-        CandidateGenerator,
-        "_finished",
-        lambda self, records: window_sizes.append(len(records)) or finished_records(self, records),
-    )
+    monkeypatch.setattr(CandidateGenerator, "_finished", counted)
     main(*arguments(inputs, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished)
     assert sum(window_sizes) == RECORDS - after // 4 * 4, "whole windows are not computed again"
@@ -215,13 +214,13 @@ def test_a_run_that_wrote_nothing_leaves_no_record(finished, inputs, tmp_path, m
 
 
 def test_a_run_that_wrote_texts_keeps_its_record(inputs, tmp_path, monkeypatch):
-    def failing(self, records):
+    def failing(self, *record):
         if (tmp_path / "out" / ".generated.jsonl.incomplete").stat().st_size:
             raise UserError("no memory")
-        return finished_records(self, records)
+        return steps(self, *record)
 
-    finished_records = CandidateGenerator._finished
-    monkeypatch.setattr(CandidateGenerator, "_finished", failing)
+    steps = CandidateGenerator._steps
+    monkeypatch.setattr(CandidateGenerator, "_steps", failing)
     with pytest.raises(UserError, match="no memory"):
         main(*arguments(inputs, tmp_path / "out"))
     with pytest.raises(UserError, match="temperature: 1.2 before, 0.7 now"):
@@ -287,6 +286,7 @@ def test_a_finished_stage_needs_no_server(inputs, tmp_path, monkeypatch):
     texts = iter(range(10**6))
     monkeypatch.setattr(ServerEngine, "check", lambda self: None)
     monkeypatch.setattr(ServerEngine, "run", BatchEngine.run)
+    monkeypatch.setattr(ServerEngine, "_run_group", BatchEngine._run_group, raising=False)
     monkeypatch.setattr(
         ServerEngine, "write", lambda self, prompts, _: [Reply(f"Text {next(texts)}") for _ in prompts]
     )
