@@ -22,22 +22,23 @@ from typing import Any
 from datasets import Dataset
 
 from medst_trl import PairwiseJudge
+from medst_trl.data.images import image_id
 from medst_trl.data.schema import image_part, text_part
 from medst_trl.demo.oracle import open_oracle
-from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
 
 def make_candidates(n: int) -> list[dict[str, Any]]:
     """Return a question about each of `n` phantoms, with its true answer and an invented one."""
     candidates = []
-    for row in benchmark_rows(make_phantoms(n, seed=0, split="unlabelled")):
-        question = row["questions"][-1]
+    for phantom in make_phantoms(n, seed=0, split="unlabelled"):
+        question, name = phantom.questions[-1], image_id(phantom.image)
         candidates.append(
             {
-                "id": f"{row['image_id'][:8]}#0",
-                "images": [row["image"]],
-                "image_ids": [row["image_id"]],
+                "id": f"{name[:8]}#0",
+                "images": [phantom.image],
+                "image_ids": [name],
                 "prompt": [{"role": "user", "content": [image_part(), text_part(question["question"])]}],
                 "answers": [question["answer"], "It shows a fractured wrist."],
             }

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
+from phantom_rows import benchmark_rows
 
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.data.schema import benchmark_features, features_of, message, text_part
-from medst_trl.demo.phantoms import answer, benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import answer, make_phantoms
 from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
 from medst_trl.evaluation.vqa import CONTROLS

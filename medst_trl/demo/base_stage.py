@@ -85,10 +85,7 @@ def main(args: BaseArguments) -> None:
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":
         return
-    print(
-        f"base: training a tiny general-purpose model on {args.num_pictures} pictures of plain shapes and "
-        f"{args.num_texts} plain texts. It sees no scan and none of the labels."
-    )
+    print(f"base: training a tiny model on {args.num_texts} plain texts and {args.num_pictures} pictures of shapes.")
 
     from medst_trl.policy.merging import staged_model
     from medst_trl.training.resume import newest_complete_checkpoint

@@ -10,9 +10,9 @@ a wrong one. Left and right are those of the image, not of the patient.
 Example:
 
 ```python
->>> from medst_trl.demo.phantoms import answer, benchmark_rows, instruct_rows, make_phantoms
+>>> from medst_trl.demo.phantoms import answer, instruct_rows, make_phantoms
 >>> train, test = make_phantoms(1000, seed=0), make_phantoms(100, seed=0, split="test")
->>> conversations, benchmark = list(instruct_rows(train, seed=0)), list(benchmark_rows(test))
+>>> conversations = list(instruct_rows(train, seed=0))
 >>> answer("Is there a lesion in the scan?", test[0].truth)
 'Yes'
 ```
@@ -173,12 +173,6 @@ def draw_phantoms(seed: int, split: str = "train") -> Iterator[Phantom]:
         rng = np.random.default_rng((SPLITS[split], seed, 0, position))
         image, name = Image.fromarray(_draw(truth, rng)), f"phantom-{split}-{seed}-{position}"
         yield Phantom(name, image, truth, _ask(name, truth, rng))
-
-
-def benchmark_rows(phantoms: Iterable[Phantom]) -> Iterator[dict]:
-    """Yield one row per image in the columns of a benchmark: `image_id`, `image`, `questions`."""
-    for phantom in phantoms:
-        yield {"image_id": image_id(phantom.image), "image": phantom.image, "questions": phantom.questions}
 
 
 def instruct_rows(phantoms: Iterable[Phantom], seed: int, turns: int | None = None) -> Iterator[dict]:

@@ -118,14 +118,11 @@ class ImageFeatureCache:
         layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
         # One row per image token. Families split their features by image, crop or prompt, or not at all.
         flat = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]).cpu() for layer in layers]
-        by_layer = [layer.split(tokens) for layer in flat]
-        for number, image in enumerate(images):
-            self.known[image] = EncodedImage(
-                placeholders[number],
-                layers=tuple(split[number].clone() for split in by_layer),  # a view would keep the whole batch
-                grid=grids[number] if grids else None,
-                tiles=tiles[number] if tiles else None,
-            )
+        by_image, none = zip(*(layer.split(tokens) for layer in flat)), [None] * len(images)
+        facts = zip(images, placeholders, by_image, grids or none, tiles or none, strict=True)
+        for image, placeholder, features, grid, count in facts:
+            own = tuple(layer.clone() for layer in features)  # a view would keep the features of the whole batch
+            self.known[image] = EncodedImage(placeholder, own, grid, count)
         self.tokens.update(zip(images, tokens, strict=True))
 
     def _trim(self, keep: Container[OpenedImage]) -> None:

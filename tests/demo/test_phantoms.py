@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from phantom_rows import benchmark_rows
 
 from medst_trl.demo import phantoms
 from medst_trl.demo.phantoms import (
@@ -15,7 +16,6 @@ from medst_trl.demo.phantoms import (
     VIEWS,
     Truth,
     answer,
-    benchmark_rows,
     instruct_rows,
     is_well_formed,
     make_phantoms,

@@ -10,12 +10,13 @@ from datasets import Dataset
 from family_models import tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from phantom_rows import benchmark_rows
 from PIL import Image
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import append_rows
 from medst_trl.data.schema import PREDICTION_COLUMNS, benchmark_features
-from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.decoding import chat_inputs
 from medst_trl.engines.engine import BatchEngine, OpenedImage, Prompt, Reply, Sampling, to_answer

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, load_dataset
+from phantom_rows import benchmark_rows
 from PIL import Image
 
 from medst_trl.data.schema import benchmark_features
-from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 

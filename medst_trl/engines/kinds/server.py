@@ -132,8 +132,7 @@ class ServerEngine(Engine):
         if reply.problem:
             raise UserError(
                 f"The server at {client.base_url} cannot run the model {self.model_name!r} ({reply.text}). Set "
-                f"model_name_or_path to the name under which it serves the model, and server_kind to its kind "
-                f"({', '.join(SERVER_KINDS)})."
+                f"model_name_or_path to its name there, and server_kind to one of {', '.join(SERVER_KINDS)}."
             )
 
     def run(self, first, then=lambda request, reply: ()):

@@ -13,11 +13,12 @@ import pytest
 from datasets import Dataset
 from jsonl import read_jsonl
 from judge_server import JudgeServer
+from phantom_rows import benchmark_rows
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import benchmark_features
-from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.engines.kinds.server import ServerSettings
 from medst_trl.engines.kinds.transformers import TransformersSettings

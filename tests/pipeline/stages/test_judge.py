@@ -14,6 +14,7 @@ from datasets import Dataset
 from jsonl import read_jsonl
 from judge_server import JudgeServer, RandomFaults, prefers_first, reply_with
 from letter_prompt import letter_prompt
+from phantom_rows import benchmark_rows
 
 from medst_trl.base.errors import UserError
 from medst_trl.cli import main as medst
@@ -21,7 +22,7 @@ from medst_trl.data.conform import conform
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import benchmark_features, features_of, image_part, message, text_part
 from medst_trl.demo.oracle import OracleArguments
-from medst_trl.demo.phantoms import benchmark_rows, make_phantoms
+from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.engines.cost import CACHE_FILE
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
