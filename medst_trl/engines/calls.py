@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from medst_trl.base.errors import UserError
@@ -107,11 +107,10 @@ class Outcome:
     Attributes:
         reading: What [`Call.read`] made of the reply, or None.
         reason (`str` or `None`): Why there is no reading, in one word.
-        attempts (`list[dict]`): The replies so far, as the cache keeps them.
+        attempts (`list[dict]`): The replies so far as the cache keeps them, or the one that could be read.
         cached (`bool`): Whether no call had to be made.
         detail (`str`): The server's message, if there is no reply.
         error (`CallError` or `None`): The error that ended it, if the server gave no reply in this run.
-        charges (`list[dict]`): All calls for it that may have been charged.
     """
 
     reading: Any | None
@@ -120,7 +119,6 @@ class Outcome:
     cached: bool
     detail: str = ""
     error: CallError | None = None
-    charges: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Stopped(Exception):

@@ -179,7 +179,6 @@ class Client:
                 outcome = self._known(call) or await self._ask(call)
                 if outcome.reading is None and call.key:
                     self._failed[call.key] = replace(outcome, cached=True)
-                outcome.charges = self.cache.charges(call.key)
                 return outcome
         finally:
             self._tasks.discard(task)

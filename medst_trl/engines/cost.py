@@ -182,7 +182,6 @@ class ReplyCache:
         self._replies: dict[str, list[dict[str, Any]]] = {}
         self._lost: dict[str, list[dict[str, Any]]] = {}
         self.failures: dict[str, list[tuple[CallError, list[str]]]] = {}
-        self._file = None
         if self.path is not None and self.path.exists():
             with open(self.path, "rb") as file:
                 for line in file:
@@ -211,22 +210,16 @@ class ReplyCache:
         self._keep(row)
         if self.path is None:
             return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (see `close`)
-            if self._file.tell():
-                self._file.seek(-1, os.SEEK_END)
-                if self._file.read(1) != b"\n":  # an incomplete line of a killed run: end it
-                    self._file.write(b"\n")
-        # One write per line: another process that shares the file cannot interleave.
         data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        while data:
-            data = data[self._file.write(data) :]
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # an incomplete line of a killed run: end it
+                    data = b"\n" + data
+            # One write per line: another process that shares the file cannot interleave.
+            while data:
+                data = data[file.write(data) :]
 
     def _keep(self, row: dict[str, Any]) -> None:
         if "lost" in row:

@@ -147,16 +147,16 @@ def select_preferences(
     """
     Select preference pairs from any source of pairs, and split them by image and group.
 
-    Drops, by reason: `duplicate_id`, `chosen_equals_rejected`, `image_in_benchmark`,
-    `image_and_question_in_benchmark`, `near_copy_in_benchmark`, `group_in_benchmark`, `duplicate_pair` (see
-    [`duplicate_pairs`]), `near_duplicate_question` (see [`near_duplicates`]), `length_balance`.
+    Drops, by reason: `duplicate_id`, `image_in_benchmark`, `image_and_question_in_benchmark`,
+    `near_copy_in_benchmark`, `group_in_benchmark`, `near_duplicate_question` (see [`near_duplicates`]),
+    `length_balance`.
 
     Args:
         pairs (`list[dict]`):
             Rows as in [`Preferences`]; `group_id` may be missing.
         rejected (iterable of [`Rejected`], *optional*):
             Records dropped earlier; reported and counted with the rest.
-        benchmarks (iterable of `datasets.Dataset` or what [`read_held`] returns, *optional*):
+        benchmarks (iterable of `datasets.Dataset` or what [`read_benchmarks`] returns, *optional*):
             Evaluation benchmarks (columns `image_id`, `questions`, optionally `group_id` and `image`). Pairs about
             their images, near copies of these, or other images of their groups are dropped; pairs that only share a
             question with them are counted.
@@ -181,13 +181,13 @@ def select_preferences(
     total = len(pairs) + len(rejected)
     for pair in pairs:
         images.add_record(pair["image_ids"], pair.get("group_id"))
-    held = benchmarks if isinstance(benchmarks, Inventory) else read_held(benchmarks, images.hashes, near_copy_bits)
-    shared = [_shared_with(held, pair) for pair in pairs]
+    if not isinstance(benchmarks, Inventory):
+        benchmarks = read_benchmarks(benchmarks, images.hashes, near_copy_bits)
+    overlaps = [_overlap(benchmarks, pair) for pair in pairs]
     not_judged = [item.reason.removesuffix("_in_benchmark") for item in rejected]
-    counts_shared = _count_shared(shared + not_judged, images, held)
+    counts_shared = _count_shared(overlaps + not_judged, images, benchmarks)
     grouping = _grouping(pairs, images.hashes, near_copy_bits)
-    usable = _usable_pairs(pairs, shared, keep_benchmark_images, rejected)
-    usable = _without(usable, duplicate_pairs(usable), "duplicate_pair", rejected)
+    usable = _usable_pairs(pairs, overlaps, keep_benchmark_images, rejected)
     if duplicate_similarity is not None:
         repeated = near_duplicates(usable, duplicate_similarity, grouping)
         usable = _without(usable, repeated, "near_duplicate_question", rejected)
@@ -213,8 +213,8 @@ def _grouping(pairs: Sequence[dict], hashes: Mapping[str, str | None], near_copy
     return Grouping(records, near_copies(hashes, hashes, near_copy_bits), plain)
 
 
-def read_held(benchmarks: Iterable["Dataset"], near_hashes: Mapping, near_copy_bits: int) -> Inventory:
-    """Return the images of benchmarks, with their near copies among the images of `near_hashes`."""
+def read_benchmarks(benchmarks: Iterable["Dataset"], near_hashes: Mapping, near_copy_bits: int) -> Inventory:
+    """Collect the images of all benchmarks, and find their near copies in `near_hashes`."""
     from medst_trl.data.near_copies import near_copies
 
     held = Inventory()
@@ -224,13 +224,13 @@ def read_held(benchmarks: Iterable["Dataset"], near_hashes: Mapping, near_copy_b
     return held
 
 
-def why_held_out(held: Inventory, pair: Mapping[str, Any]) -> str | None:
+def benchmark_reason(held: Inventory, pair: Mapping[str, Any]) -> str | None:
     """Return the reason to drop a pair or candidate about an image, a near copy or a group of a benchmark, or None."""
-    what = _shared_with(held, pair)
+    what = _overlap(held, pair)
     return None if what in ("question", "nothing") else f"{what}_in_benchmark"
 
 
-def _shared_with(held: Inventory, pair: Mapping[str, Any]) -> str:
+def _overlap(held: Inventory, pair: Mapping[str, Any]) -> str:
     """
     Return what a pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
     `"question"` or `"nothing"`.
@@ -254,43 +254,17 @@ def _count_shared(found: Sequence[str], images: Inventory, held: Inventory) -> d
 
 
 def _usable_pairs(pairs: Sequence[dict], shared: Sequence[str], keep: bool, rejected: list[Rejected]) -> list[dict]:
-    """Return pairs without repeated ids and equal answers, and without benchmark images unless `keep`."""
+    """Return pairs without repeated ids, and without benchmark images unless `keep`."""
     usable, ids = [], set()
     for pair, what in zip(pairs, shared, strict=True):
         if pair["id"] in ids:
             rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
-        elif _text(pair, "chosen").split() == _text(pair, "rejected").split():
-            rejected.append(Rejected(pair["id"], "chosen_equals_rejected", _text(pair, "chosen")))
         elif what not in ("question", "nothing") and not keep:
             rejected.append(Rejected(pair["id"], f"{what}_in_benchmark", _text(pair, "prompt")))
         else:
             usable.append(pair)
         ids.add(pair["id"])
     return usable
-
-
-def duplicate_pairs(pairs: Sequence[dict]) -> dict[int, str]:
-    """
-    Find pairs that compare the same answers as another pair with the same prompt and images.
-
-    Case, punctuation and which answer was chosen make no difference: of two pairs that contradict each other, one
-    would undo what the other teaches. The pair with the larger margin between its scores stays, of equal ones the
-    first.
-
-    Args:
-        pairs (`list[dict]`): Rows as in [`Preferences`].
-
-    Returns:
-        `dict[int, str]`: position of each duplicate, with the id of the pair that stays.
-    """
-    kept, duplicates = {}, {}
-    for place, pair in _by_margin(pairs):
-        prompt = tuple((turn["role"], normalized(text_of(turn["content"]))) for turn in pair["prompt"])
-        answers = frozenset(normalized(_text(pair, key)) for key in ("chosen", "rejected"))
-        winner = kept.setdefault((tuple(pair["image_ids"]), prompt, answers), pair)
-        if winner is not pair:
-            duplicates[place] = winner["id"]
-    return duplicates
 
 
 def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping) -> dict[int, str]:
@@ -310,7 +284,7 @@ def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping
         `dict[int, str]`: position of each near duplicate, with the question of the pair that stays.
     """
     kept, duplicates = defaultdict(list), {}
-    for place, pair in _by_margin(pairs):
+    for place, pair in sorted(enumerate(pairs), key=lambda item: _margin(item[1]), reverse=True):
         words = set(normalized(_text(pair, "prompt")).split()) - _DETERMINERS
         same = grouping.of(pair["image_ids"], pair.get("group_id"), "", near=False)
         copies = {("image", copy) for image in pair["image_ids"] for copy in grouping.near[image]}
@@ -324,17 +298,10 @@ def near_duplicates(pairs: Sequence[dict], similarity: float, grouping: Grouping
     return duplicates
 
 
-def _by_margin(pairs: Sequence[dict]) -> list[tuple[int, dict]]:
-    """
-    Return the positions and pairs, sorted by the margin between the scores, largest first. Without scores the margin
-    is 0.
-    """
-
-    def margin(item: tuple[int, dict]) -> float:
-        chosen, rejected = item[1]["score_chosen"], item[1]["score_rejected"]
-        return chosen - rejected if chosen is not None and rejected is not None else 0.0
-
-    return sorted(enumerate(pairs), key=margin, reverse=True)
+def _margin(pair: dict) -> float:
+    """Return the margin between the scores of a pair, 0 without scores."""
+    chosen, rejected = pair["score_chosen"], pair["score_rejected"]
+    return chosen - rejected if chosen is not None and rejected is not None else 0.0
 
 
 def _similarity(first: set[str], second: set[str]) -> float:

@@ -65,7 +65,6 @@ def test_cache_keeps_attempts_in_order(tmp_path):
     cache.add(row("a", "nonsense"))
     cache.add(row("a", "8 9"))
     cache.add({"key": "b", "failed": "bad_request", "status": 400, "detail": "no", "without": ["max_tokens"]})
-    cache.close()
     reloaded = ReplyCache(tmp_path)
     assert [attempt["reply"] for attempt in reloaded.attempts("a")] == ["nonsense", "8 9"]
     assert reloaded.attempts("b") == reloaded.attempts("c") == []
@@ -93,7 +92,6 @@ def test_cache_records_the_charges_of_calls_without_a_reply(tmp_path):
     for _ in range(2):
         cache.add({"key": "a", "lost": "timeout", "at_most": usage})
     cache.add({"key": "b", "lost": "content_filter", "usage": usage})
-    cache.close()
     for current in (cache, ReplyCache(tmp_path)):
         assert len(current.attempts("a")) == 1 and current.attempts("b") == []
         assert [len(current.charges(key)) for key in "abc"] == [3, 1, 0]
@@ -105,13 +103,11 @@ def test_cache_survives_an_incomplete_line(tmp_path, missing_bytes):
     cache = ReplyCache(tmp_path)
     for key in "ab":
         cache.add(row(key))
-    cache.close()
     path = tmp_path / CACHE_FILE
     path.write_bytes(path.read_bytes()[:-missing_bytes])
     reloaded = ReplyCache(tmp_path)
     assert reloaded.attempts("a") and (missing_bytes == 1) == bool(reloaded.attempts("b"))
     reloaded.add(row("c"))
-    reloaded.close()
     last = ReplyCache(tmp_path)
     assert last.attempts("a") and last.attempts("c")
 
@@ -138,7 +134,6 @@ input()  # both processes start to write at the same time
 for number in range(1000):
     key = f"{sys.argv[2]}{number}"
     cache.add({"key": key, "attempt": 0, "reply": key * 2_000, "finish_reason": "stop", "usage": None})
-cache.close()
 """
 
 

@@ -87,37 +87,25 @@ def test_four_answers_give_two_pairs():
 
 
 def test_a_pair_is_used_once():
-    """The candidate and the chosen answer do not matter. Pairs with another prompt or image are different pairs."""
+    """The candidate and the chosen answer do not matter. Pairs about another image are different pairs."""
     shared = {"image_ids": ["one"], "question": "Is it dark?"}
     candidates = [
-        candidate(0, answers=("Yes", "No", "no", "Yes."), **shared),
+        candidate(0, answers=("Yes", "No"), **shared),
         candidate(1, answers=("No", "Yes"), **shared | {"question": "is it dark"}),
         candidate(2, answers=("Yes", "No"), **shared | {"image_ids": ["other"]}),
         candidate(3, answers=("Yes", "No"), **shared | {"question": "Is it wide?"}),
-        candidate(4, answers=("Yes", "No"), **shared),
     ]
-    first = {"role": "user", "content": [text_part("Look at the left side.")]}
-    candidates[4]["prompt"] = [first, *candidates[4]["prompt"]]
-    judgements = [
-        judgement(candidates[0], 0, (6.0, 4.0), pair=0),
-        judgement(candidates[0], 0, (9.0, 4.0), pair=1),
-        *(judgement(item) for item in candidates[1:]),
-    ]
-    preferences = build(candidates, judgements, duplicate_similarity=None)
-    assert reasons(preferences) == {"r0#0/0": "duplicate_pair", "r1#0": "duplicate_pair"}, (
-        "the pair with the largest margin is dropped"
-    )
-    assert {row["value"] for row in preferences.rejected} == {"r0#0/1"}
-    assert preferences.counts["rejected"] == {"duplicate_pair": 2}
-    assert preferences.counts["train"]["pairs"] == len(preferences.train) == 4
-    assert reasons(build(candidates[:1], judgements[:2])) == {"r0#0/0": "duplicate_pair"}, (
-        "a pair is used twice by default"
-    )
+    margins = [(6.0, 4.0), (9.0, 4.0), (6.0, 4.0), (6.0, 4.0)]
+    judgements = [judgement(item, 0, scores) for item, scores in zip(candidates, margins, strict=True)]
+    preferences = build(candidates, judgements)
+    assert reasons(preferences) == {"r0#0": "near_duplicate_question"}  # the pair with the largest margin is kept
+    assert {row["value"] for row in preferences.rejected} == {"is it dark"}
+    assert preferences.counts["rejected"] == {"near_duplicate_question": 1}
+    assert preferences.counts["train"]["pairs"] == len(preferences.train) == 3
 
 
 def test_every_pair_is_kept_or_rejected_with_a_reason():
     candidates = [candidate(number) for number in range(8)]
-    equal = candidate(8, answers=("same  words", "same words"))
     unknown = candidate(9)
     judgements = [
         judgement(candidates[0]),
@@ -126,13 +114,12 @@ def test_every_pair_is_kept_or_rejected_with_a_reason():
         judgement(candidates[3], verdict=None),
         judgement(candidates[4]) | {"answers": ["of another", "run"]},
         judgement(candidates[0]),  # a repeated judgement
-        judgement(equal),
         judgement(unknown),
     ]
-    preferences = build([*candidates, equal], judgements)
+    preferences = build(candidates, judgements)
     assert [row["id"] for row in preferences.train] == ["r0#0"]
     assert [row["reason"] for row in preferences.rejected] == [
-        "flip", "tie", "no_verdict", "other_answers", "unknown_candidate", "duplicate_id", "chosen_equals_rejected",
+        "flip", "tie", "no_verdict", "other_answers", "unknown_candidate", "duplicate_id",
     ]  # fmt: skip
     assert preferences.counts["pairs"] == len(judgements) == 1 + sum(preferences.counts["rejected"].values())
 

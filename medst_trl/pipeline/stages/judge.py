@@ -51,7 +51,7 @@ from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCoun
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
 from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, nothing_left, warnings_of
-from medst_trl.selftrain.preferences import Preferences, build_preferences, read_held, why_held_out
+from medst_trl.selftrain.preferences import Preferences, benchmark_reason, build_preferences, read_benchmarks
 
 
 if TYPE_CHECKING:
@@ -160,9 +160,9 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     with record or nullcontext():
         # `prepare` has stored most hashes.
         hashes = read_inventory(Path(args.candidates), [candidates]).hashes if args.near_copy_bits else {}
-        held = read_held(benchmarks, hashes, args.near_copy_bits)
+        held = read_benchmarks(benchmarks, hashes, args.near_copy_bits)
         if not args.keep_benchmark_images:
-            judge.held_out = partial(why_held_out, held)
+            judge.held_out = partial(benchmark_reason, held)
         if args.dry_run:
             return _print_request(judge, candidates)
         if args.write_batch:
@@ -183,9 +183,7 @@ def check(args: JudgeArguments, *judges: LocalJudge) -> None:
     """Raise a `UserError` for arguments that cannot work."""
     if local := chosen_judge(judges):
         local.check(args)
-        free = {"price_per_million_input_tokens": 0.0, "price_per_million_output_tokens": 0.0}
-        args = replace(args, model=local.model_name(args), **free)
-    args.check_judge()
+    args.check_judge(is_local=local is not None)
     at_least = {"validation_share": 0, "rows_per_shard": 1, "num_workers": 1, "near_copy_bits": 0}
     at_most = {"duplicate_similarity": 1, "near_copy_bits": MOST_BITS}
     above, below = {"duplicate_similarity": 0}, {"validation_share": 1}
@@ -280,11 +278,8 @@ def _print_summary(record: StageRecord) -> None:
     counts = record.content["counts"]
     print(f"judge: {record.output_dir}")
     print(format_statistics(counts["judge"], counts["preferences"].get("rejected")))
-    numbers = {split: counts["preferences"][split]["pairs"] for split in ("train", "validation")}
-    for split, number in numbers.items():
-        is_undivided = not number and any(numbers.values()) and record.content["settings"].get("validation_share")
-        note = " (empty: too much belongs together, or the share is too small)" if is_undivided else ""
-        print(f"  {f'preferences, {split}':42}{number:>20,}{note}")
+    for split in ("train", "validation"):
+        print(f"  {f'preferences, {split}':42}{counts['preferences'][split]['pairs']:>20,}")
     if reason := counts["preferences"].get("groups_not_compared"):
         print(f"judge: WARNING: pairs (the training data) about groups of the benchmarks may be left: {reason}.")
     for line in warnings_of(counts["judge"]):

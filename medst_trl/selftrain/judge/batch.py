@@ -98,7 +98,6 @@ def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[st
         if not found.total() - found["unreadable"]:
             raise UserError(f"{path} holds no results of the Batch API. Give its output file (and its error file).")
         counts += found
-    cache.close()
     return dict(counts)
 
 

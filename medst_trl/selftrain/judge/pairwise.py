@@ -83,9 +83,7 @@ class PairwiseJudge(JudgeSettings):
             A judge in this process that replaces the server, see [`LocalJudge.open`]. Its calls are free.
         held_out (`Callable`, *optional*):
             Takes a candidate and returns the reason to drop its pairs without asking about them, or None. See
-            [`~medst_trl.selftrain.preferences.why_held_out`].
-        http_client (`httpx2.AsyncClient`, *optional*):
-            Replaces the client's own, for proxies and tests.
+            [`~medst_trl.selftrain.preferences.benchmark_reason`].
 
     Attributes:
         events (`Counter`):
@@ -108,7 +106,6 @@ class PairwiseJudge(JudgeSettings):
     captions: Mapping[str, str] | None = None
     local: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
     held_out: Callable[[Mapping[str, Any]], str | None] = lambda candidate: None
-    http_client: Any = None
 
     def __post_init__(self):
         self.captions = dict(self.captions or {})
@@ -117,14 +114,14 @@ class PairwiseJudge(JudgeSettings):
             self.price_per_million_input_tokens = self.price_per_million_output_tokens = 0.0
         self.prices = self.prices_of(self.model)
         self.events: Counter[str] = Counter()
-        self.check_judge()
+        self.check_judge(is_local=self.local is not None)
         if self.captions and "captions" not in self.prompt.uses:
             able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
             raise UserError(
                 f"The judge prompt {self.prompt.name!r} does not show reference captions. Set prompt_version to one "
                 f"of {', '.join(able)}, or leave out the captions."
             )
-        self.cache = ReplyCache(self.cache_dir)
+        self.cache = ReplyCache(self.cache_dir if self.local is None else None)
 
     def __call__(self, candidates: Iterable[Mapping[str, Any]], offline: bool = False) -> Iterator[dict[str, Any]]:
         """
@@ -157,10 +154,7 @@ class PairwiseJudge(JudgeSettings):
             self.check_key()
         if offline or self.max_cost is not None:  # what earlier runs left is counted before the first call
             candidates = candidates if isinstance(candidates, Sized) else list(candidates)
-        try:
-            yield from self._run(candidates, offline)
-        finally:
-            self.cache.close()
+        yield from self._run(candidates, offline)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -250,7 +244,7 @@ class PairwiseJudge(JudgeSettings):
         spent = 0.0 if self.max_cost is None else self.estimate(candidates).paid
         client = Client(
             self.model, self, base_url=self.base_url, cache=self.cache, offline=offline, advice=_ADVICE,
-            budget=Budget(self.prices, self.max_cost, spent), http_client=self.http_client,
+            budget=Budget(self.prices, self.max_cost, spent),
         )  # fmt: skip
         self.events = client.events
         fields, refused = self.batch_failures(candidates) if offline else (AcceptedFields(), {})
@@ -318,9 +312,10 @@ class PairwiseJudge(JudgeSettings):
         """Return the outcome of one order, with scores and verdict by answer instead of by position."""
         last = outcome.attempts[-1] if outcome.attempts else {}
         usage = Counter()
-        for charge in outcome.charges:
+        charges = self.cache.charges(call.key)
+        for charge in charges:
             usage.update(charge.get("usage") or {})
-        cost = sum(map(self.prices.cost_of, outcome.charges))
+        cost = sum(map(self.prices.cost_of, charges), 0.0)
         reading = outcome.reading
         order = {
             "shown": list(call.tag),

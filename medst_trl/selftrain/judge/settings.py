@@ -12,8 +12,6 @@ from medst_trl.base.registry import Registry
 from medst_trl.base.settings import check_bounds, check_choice, check_url, documented
 from medst_trl.engines.calls import CallSettings
 
-from .prompt import JUDGE_PROMPTS
-
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,15 +63,15 @@ class JudgeSettings(CallSettings):
     cache_dir: str | None = None
     max_cost: float | None = None
 
-    def check_judge(self) -> None:
-        """Raise a `UserError` for settings that cannot work."""
-        if not self.model:
-            raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
-        check_url("base_url", self.base_url)
+    def check_judge(self, is_local: bool = False) -> None:
+        """Raise a `UserError` for settings that cannot work. A local judge needs no server."""
+        if not is_local:
+            if not self.model:
+                raise UserError("No judge model is set. Set --model to its name on the server (such as gpt-4o).")
+            check_url("base_url", self.base_url)
+            self.check_calls(self.model)
         check_choice("order", self.order, ORDERS)
-        JUDGE_PROMPTS.get(self.prompt_version)
         check_bounds(self, at_least=_AT_LEAST)
-        self.check_calls(self.model)
 
 
 class LocalJudge(ABC):

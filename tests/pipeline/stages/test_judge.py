@@ -185,13 +185,14 @@ def test_pairs_of_patients_and_near_copies_of_a_benchmark_are_dropped(candidates
         assert all(sides) and sides[0].isdisjoint(sides[1])
 
 
-def test_an_empty_validation_split_of_one_patient_is_explained(candidates, tmp_path, capsys):
+def test_the_pairs_of_one_patient_are_not_divided(candidates, tmp_path):
     source = load_records(candidates, "train").remove_columns("group_id").add_column("group_id", ["P"] * 12)
     (tmp_path / "candidates").mkdir()
     source.to_parquet(tmp_path / "candidates" / "train-00000-of-00001.parquet")
     with JudgeServer() as server:
         run(str(tmp_path / "candidates"), tmp_path / "out", server, validation_share=0.3)
-    assert capsys.readouterr().out.count("empty: too much belongs together") == 1
+    counts = json.loads((tmp_path / "out/stage.json").read_text())["counts"]["preferences"]
+    assert counts["train"]["pairs"] > 0 == counts["validation"]["pairs"]
 
 
 @pytest.mark.parametrize("version", ["rubric", "paper"])
