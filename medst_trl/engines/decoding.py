@@ -80,7 +80,7 @@ def _message(processor: "ProcessorMixin", message: dict[str, Any], form: str, im
     def image_part() -> dict[str, Any]:
         return {"type": "image"} | ({} if form == "string" else {"image": next(images).convert("RGB")})
 
-    parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor)[0], image_part)
+    parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor), image_part)
     return {"role": message["role"], "content": in_form(parts, form, processor)}
 
 

@@ -208,7 +208,7 @@ def adds_special_tokens(processor: "ProcessorMixin", rendered: str) -> bool:
     return bos is None or not rendered.startswith(bos)
 
 
-def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
+def neutralise(text: str, processor: "ProcessorMixin") -> str:
     """
     Break each control token that a text spells by a zero-width non-joiner after its first character.
 
@@ -217,25 +217,21 @@ def neutralise(text: str, processor: "ProcessorMixin") -> tuple[str, int]:
             Text from data: a question, an answer, a system prompt.
         processor ([`~transformers.ProcessorMixin`]):
             Processor whose special tokens, image placeholders and template markers must not appear.
-
-    Returns:
-        `tuple[str, int]`: The text and the number of places changed.
     """
     bare = text.replace(LEFT, "").replace(RIGHT, "")
-    safe, changed = _control_pattern(processor).subn(lambda m: m[0][0] + ZERO_WIDTH_NON_JOINER + m[0][1:], bare)
-    return safe, changed + len(text) - len(bare)
+    return _control_pattern(processor).sub(lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare)
 
 
-def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> tuple[list[str], int]:
+def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> list[str]:
     """Neutralize the text parts of one message, which a template may join, so that no token spans two of them."""
-    safe, total = [], 0
+    safe = []
     for text in texts:
-        text, changed = neutralise(text, processor)
-        if safe and neutralise("".join(safe) + text, processor)[1]:
-            text, changed = ZERO_WIDTH_NON_JOINER + text, changed + 1
+        text = neutralise(text, processor)
+        joined = "".join(safe) + text
+        if safe and neutralise(joined, processor) != joined:
+            text = ZERO_WIDTH_NON_JOINER + text
         safe.append(text)
-        total += changed
-    return safe, total
+    return safe
 
 
 @_once_per_template
@@ -276,13 +272,10 @@ class RenderedConversation:
             The rendered text.
         spans (`list[Span]`):
             Its training targets in the order of their messages.
-        neutralised (`int`):
-            Number of places where data text spelled a control token.
     """
 
     text: str
     spans: list[Span]
-    neutralised: int
 
 
 def typed_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -323,17 +316,15 @@ def render_conversation(
         UserError: if the chat template drops or repeats a turn.
     """
     content_form = turn_format(processor).content_form
-    neutralised, marked, targets = 0, [], []
+    marked, targets = [], []
     for index, message in enumerate(messages):
         parts = typed_parts(message["content"])
         if index in asked or message["role"] == "assistant":
             targets.append(index in asked)
-            parts, changed = _marked(parts, processor, is_question=index in asked)
+            parts = _marked(parts, processor, is_question=index in asked)
         else:
-            safe, changed = neutralise_parts([part["text"] for part in parts if part["type"] == "text"], processor)
-            texts = iter(safe)
+            texts = iter(neutralise_parts([part["text"] for part in parts if part["type"] == "text"], processor))
             parts = [{**part, "text": next(texts)} if part["type"] == "text" else part for part in parts]
-        neutralised += changed
         marked.append({"role": message["role"], "content": in_form(parts, content_form, processor)})
 
     pieces = re.split(f"[{LEFT}{RIGHT}]", processor.apply_chat_template(marked, tokenize=False))
@@ -342,19 +333,17 @@ def render_conversation(
             "The chat template drops or repeats a turn of a conversation with roles "
             f"{[message['role'] for message in messages]}, so its questions and answers cannot be located."
         )
-    return RenderedConversation(*_locate(pieces, targets, processor), neutralised)
+    return RenderedConversation(*_locate(pieces, targets, processor))
 
 
-def _marked(
-    parts: list[dict[str, Any]], processor: "ProcessorMixin", is_question: bool
-) -> tuple[list[dict[str, Any]], int]:
-    """Return a training target with its text between the two marks, and the number of places neutralized in it."""
-    body, changed = neutralise(text_of(parts), processor)
+def _marked(parts: list[dict[str, Any]], processor: "ProcessorMixin", is_question: bool) -> list[dict[str, Any]]:
+    """Return a training target with its text between the two marks."""
+    body = neutralise(text_of(parts), processor)
     images = [part for part in parts if part["type"] != "text"]
     # Templates that close a user turn with nothing get the end-of-sequence token; the wrapper does it for answers.
     end = tokenizer_of(processor).eos_token if is_question and not turn_format(processor).question_end else ""
     opening = VUSR if is_question else ""
-    return [*images, {"type": "text", "text": opening + LEFT + body.strip() + RIGHT + end}], changed
+    return [*images, {"type": "text", "text": opening + LEFT + body.strip() + RIGHT + end}]
 
 
 def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin") -> tuple[str, list[Span]]:

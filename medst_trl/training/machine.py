@@ -29,7 +29,7 @@ _PYTHON_ONLY = "it can be set only from Python, to a ParallelismConfig of accele
 
 def unsupported_settings(args: Any, device: torch.device | None = None) -> list[str]:
     """
-    Find settings that cannot work on this machine.
+    List the settings that this machine does not support.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -45,7 +45,7 @@ def unsupported_settings(args: Any, device: torch.device | None = None) -> list[
     on_cpu = is_run and device.type == "cpu"
     offloads = on_cpu and (args.activation_checkpointing_kwargs or {}).get("offload")
     has_no_launcher = is_run and "LOCAL_RANK" not in os.environ
-    problems = [
+    rules = [  # setting, whether it is unsupported here, reason
         ("use_liger_kernel", not is_liger_kernel_available(), _NO_LIGER),
         ("use_liger_kernel", on_cpu, _ON_CPU),
         ("activation_offloading", on_cpu, _ON_CPU),
@@ -54,13 +54,13 @@ def unsupported_settings(args: Any, device: torch.device | None = None) -> list[
         ("fsdp", has_no_launcher, _NO_LAUNCHER),
         ("parallelism_config", isinstance(args.parallelism_config, dict | str), _PYTHON_ONLY),
     ]
-    found = [_describe(args, name, problem) for name, lacks, problem in problems if lacks and getattr(args, name)]
-    attempts = {"report_to": _report, "lr_scheduler_type": _schedule, "optim": _optimize}
+    found = [_describe(args, name, why) for name, unsupported, why in rules if unsupported and getattr(args, name)]
+    trials = {"report_to": _report, "lr_scheduler_type": _schedule, "optim": _optimize}
     if is_run:
-        attempts |= {"torch_compile": _compile, "dataloader_num_workers": _load_data}
-    for name, attempt in attempts.items():
+        trials |= {"torch_compile": _compile, "dataloader_num_workers": _load_data}
+    for name, trial in trials.items():
         try:
-            attempt(args, device)
+            trial(args, device)
         except Exception as error:  # of any library
             found.append(_describe(args, name, error))
     return found

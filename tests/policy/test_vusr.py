@@ -57,12 +57,11 @@ def test_adding_the_token_twice_changes_nothing(family):
 )
 def test_neutralised_text_has_no_control_token_and_looks_the_same(pieces):
     processor, text = prepared_processor("vicuna"), "".join(pieces)
-    safe, changed = neutralise(text, processor)
+    safe = neutralise(text, processor)
     assert not set(processor.tokenizer(safe, add_special_tokens=False)["input_ids"]) & set(
         processor.tokenizer.all_special_ids
     )
     assert safe.replace("\u200c", "") == text.replace("\ue0f1", "")
-    assert (changed == 0) == (safe == text)
 
 
 def test_stop_tokens_end_questions_and_answers():
@@ -262,7 +261,7 @@ def intended_targets(processor, messages) -> list[tuple[bool, str]]:
     turns, eos = turn_format(processor), processor.tokenizer.eos_token
     targets = []
     for message in messages:
-        text = neutralise(text_of(message["content"]), processor)[0].strip()
+        text = neutralise(text_of(message["content"]), processor).strip()
         if message["role"] == "assistant":
             targets.append((False, turns.answer_lead + text + (turns.answer_end or eos)))
         elif message["vusr"] and can_be_asked(message):
@@ -304,7 +303,7 @@ def test_data_text_never_becomes_a_special_token(family, example):
 def test_training_and_inference_render_the_same_prompts(family, example):
     """A training sequence up to an answer equals the generation prompt of `apply_chat_template`."""
     processor = prepared_processor(family)
-    messages = with_texts(example["messages"], lambda text: neutralise(text, processor)[0].strip(), vusr=False)
+    messages = with_texts(example["messages"], lambda text: neutralise(text, processor).strip(), vusr=False)
     ids = DataCollatorForSelfQuestioning(processor, sq_ratio=0.0)([{**example, "messages": messages}])["input_ids"][
         0
     ].tolist()
