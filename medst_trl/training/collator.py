@@ -127,14 +127,8 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
                 rejected[id_of(example)] = error.reason
             else:
                 readable.append(self._conversation(decoded))
-        batch = self._collate(readable)
-        if rejected:
-            batch["rejected"] = batch.get("rejected", {}) | rejected
-        return batch
-
-    def _collate(self, all_conversations: list[ImageConversation]) -> dict[str, Any]:
-        conversations = [conversation for conversation in all_conversations if _targets(conversation)]
-        rejected = {c.id: "nothing_to_train" for c in all_conversations if not _targets(c)}
+        conversations = [conversation for conversation in readable if _targets(conversation)]
+        rejected |= {conversation.id: "nothing_to_train" for conversation in readable if not _targets(conversation)}
         batch, spans, fitting = self._encode_fitting(conversations)
         rejected |= {old.id: "too_long" for old, new in zip(conversations, fitting, strict=True) if new is None}
         self._label(batch, spans)

@@ -14,8 +14,7 @@ the shared one, and returns log-probabilities in the stock layout.
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -42,8 +41,7 @@ MEAN_IN_HALF_PRECISION = 0.05
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-@dataclass(frozen=True)
-class SharedLayout:
+class SharedLayout(NamedTuple):
     """
     Where the tokens of the stock layout (2 x batch, length) are in the shared one (batch, shared length).
 
@@ -149,8 +147,12 @@ class PrefixSharing:
         model.eval()  # dropout would differ
         try:
             with torch.no_grad():
-                stock = self.forward(model, **with_images_twice(inputs)).log_probs
-                problem = _disagreement(stock[scored], lambda: share().log_probs[scored], _is_exact(model))
+                stock = self.forward(model, **with_images_twice(inputs)).log_probs[scored]
+                problem = _disagreement(stock, share().log_probs[scored], _is_exact(model))
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            problem = f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             model.train(training)
         if problem is not None:
@@ -188,14 +190,9 @@ def _is_exact(model: PreTrainedModel) -> bool:
     return parameter.dtype in FULL_PRECISION and not rounds and not torch.is_autocast_enabled(device)
 
 
-def _disagreement(stock: torch.Tensor, shared: Callable[[], torch.Tensor], exact: bool) -> str | None:
-    """How log-probabilities of the two layouts differ too much, or cannot be computed; `None` if they agree."""
-    try:
-        difference = (stock - shared()).float().abs()
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        if should_reduce_batch_size(error):
-            raise
-        return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _disagreement(stock: torch.Tensor, shared: torch.Tensor, exact: bool) -> str | None:
+    """How log-probabilities of the two layouts differ too much; `None` if they agree."""
+    difference = (stock - shared).float().abs()
     # Half precision rounds so much that only the mean is informative.
     found, allowed = (difference.max(), LARGEST_DIFFERENCE) if exact else (difference.mean(), MEAN_IN_HALF_PRECISION)
     if found <= allowed:  # false for NaN

@@ -41,9 +41,6 @@ class SelfQuestioningConfig(SelfQuestioningSettings, SFTConfig):
     """
 
     def __post_init__(self):
-        if self.packing or self.padding_free:
-            name = "packing" if self.packing else "padding_free"
-            raise UserError(f"TRL's {name} is for text alone. With images, set pack_sequences: true instead.")
         if self.chat_template_path is not None:
             raise UserError(
                 "chat_template_path would replace the template that opens `<vusr>` turns. Set "

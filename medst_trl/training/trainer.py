@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoProcessor, ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.utils import get_config_model_id
@@ -32,12 +31,6 @@ from .rejected import UsableExamples
 from .resume import StopSignals
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers
-
-
-logger = get_logger(__name__)
-
-LONG_WAIT = 0.1  # fraction of the time above which the step waits too long for data
-DATA_WAIT_PATIENCE = 3  # logs in a row; workers may start during the first ones
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -94,20 +87,18 @@ class GroupsByLength:
         self._length_sampler = SeededLengthGroupedSampler(batch_size, self.train_lengths, seed)
         return self._length_sampler
 
+    def _run_epoch(self, *, epoch: int, **kwargs):
+        # accelerate does so with its own seeded sampler. On several ranks, its data loader does not find this one:
+        # https://github.com/modelscope/ms-swift/pull/9658
+        if self._length_sampler is not None:
+            self._length_sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
         # The Trainer would group these too and need their lengths.
         return SequentialSampler(eval_dataset)
-
-    def get_train_dataloader(self) -> DataLoader:
-        self._length_sampler = None  # it may be of another dataset
-        dataloader = super().get_train_dataloader()
-        if self._length_sampler is not None:
-            # As accelerate does with its own seeded sampler. Otherwise several ranks that resume within an epoch would
-            # not learn its number: https://github.com/modelscope/ms-swift/pull/9658
-            dataloader.set_sampler(self._length_sampler)
-        return dataloader
 
 
 def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -124,7 +115,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
     Weights that train are kept in float32, each part of the model trains at its own learning rate, and a checkpoint
     holds an adapter without PEFT's copy of the embedding and with the fingerprint of its base. Logs have the learning
     rate of each part and `data_wait`, the fraction (0 to 1) of the time since the last log in which the main process
-    waited for data; a warning explains what to do if it stays above a tenth.
+    waited for data. Above a tenth, raise `dataloader_num_workers`, or store the images at the size the model reads.
     """
 
     extra_columns: tuple[str, ...] = ("id",)  # what the collators read besides TRL's columns
@@ -257,7 +248,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return super()._get_learning_rate()
 
     def train(self, *args, **kwargs):
-        self._waited, self._waited_since, self._long_waits, self._has_warned = 0.0, time.monotonic(), 0, False
+        self._waited, self._waited_since = 0.0, time.monotonic()
         with self.stop_signals:
             return super().train(*args, **kwargs)
 
@@ -303,12 +294,4 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             now = time.monotonic()
             logs["data_wait"] = min(self._waited / max(now - self._waited_since, 1e-9), 1.0)
             self._waited, self._waited_since = 0.0, now
-            self._long_waits = self._long_waits + 1 if logs["data_wait"] > LONG_WAIT else 0
-            if self._long_waits == DATA_WAIT_PATIENCE and not self._has_warned:
-                self._has_warned = True
-                logger.warning(
-                    f"Training has waited for data {100 * logs['data_wait']:.0f}% of the time since the last log, and "
-                    f"above {100 * LONG_WAIT:.0f}% for {DATA_WAIT_PATIENCE} logs. Raise dataloader_num_workers (now "
-                    f"{self.args.dataloader_num_workers}), or store the images at the size the model reads."
-                )
         super().log(logs, start_time)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medst_trl.base.errors import UserError
 from medst_trl.training.encoding import IGNORED
 from medst_trl.training.packing import (
     pack,
@@ -219,8 +218,8 @@ def test_long_rows_cost_more_if_attention_uses_a_mask(attention, costs_more):
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
-def test_packing_of_trl_is_refused_in_favor_of_pack_sequences(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name}.*pack_sequences"):
+def test_packing_of_trl_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"not supported for vision datasets.*{name}=False"):
         _trainer(tmp_path, "vicuna", **{name: True})
 
 

@@ -179,15 +179,13 @@ def test_data_wait_is_the_fraction_of_time_spent_waiting(tmp_path, monkeypatch):
     assert own._waited == 9
 
 
-@pytest.mark.parametrize(("seconds", "hints"), [(0.5, 1), (0.01, 0)])
-def test_a_run_that_waits_for_data_warns_once(tmp_path, monkeypatch, caplog, seconds, hints):
+@pytest.mark.parametrize("seconds", [0.5, 0.01])
+def test_the_log_has_the_time_spent_waiting_for_data(tmp_path, monkeypatch, seconds):
     clock = Clock(monkeypatch)
     trainer = tiny_run.make_trainer(tmp_path, max_steps=9)
     trainer.data_collator.torch_call = clock.slowed_down(trainer.data_collator.torch_call, seconds)
     trainer.training_step = clock.slowed_down(trainer.training_step, 1.0)
     trainer.train()
-    found = [record.message for record in caplog.records if "dataloader_num_workers" in record.message]
-    assert len(found) == hints
     shares = [entry["data_wait"] for entry in trainer.state.log_history[:-1]]
     assert len(shares) == 9 and sum(shares) / 9 == pytest.approx(seconds / (1 + seconds), abs=0.03)
 
@@ -306,6 +304,7 @@ def test_two_ranks_split_each_epoch_and_resume_it(tmp_path, skipped):
         finally:
             trainer.accelerator.prepare = prepare
         loader = skip_first_batches(loader, skip) if skip else loader
+        trainer._length_sampler.set_epoch(epoch)  # as an epoch of training does, before the Trainer does this:
         loader.set_epoch(epoch)
         return [batch["x"].int().tolist() for batch in loader]
 
