@@ -78,7 +78,7 @@ clean:
 		{ echo "medst_trl needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	$(BIN)/pip install -c constraints.txt -e ".[dev,dicom,nifti,xlsx]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev,convert,dicom,nifti,xlsx]"
 	touch $@
 
 .venv/.extras: .venv/.ready

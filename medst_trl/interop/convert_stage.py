@@ -17,7 +17,8 @@ medst convert --source checkpoints/stllava-lora --base models/sqllava-7b --outpu
 
 Output in `output_dir`: a model (safetensors) and its processor. Every other command accepts it as
 `model_name_or_path`. `.bin` files are read without running any code in them. If a tensor is missing, unexpected or of
-the wrong shape, it is listed and nothing is written. An interrupted conversion resumes after the last complete shard.
+the wrong shape, it is listed and nothing is written. An interrupted conversion starts again. It needs memory for the
+model: 14 GB for 7B in half precision.
 """
 
 from collections.abc import Iterator, Mapping

@@ -186,44 +186,28 @@ def _load_plainly(directory: Path, dtype: str, trust_remote_code: bool) -> tuple
 
 
 @contextmanager
-def staged_model(output_dir: Path, name: str, *, resumes: bool = False) -> Iterator[Path]:
+def staged_model(output_dir: Path, name: str) -> Iterator[Path]:
     """
     Yield the directory `name` inside `output_dir` for the files of a model. When the block ends, they replace those of
     another model in `output_dir`, `config.json` last: a directory that has it is complete. If the block raises, they
     are deleted.
-
-    With `resumes`, finished files of weights are kept for the next run, unless the block raises a [`UserError`], which
-    the next run would raise again. Another model in `output_dir` is deleted when the directory is made: from then on,
-    all weights in both directories are of this model. Directories of other conversions (`.saving-*`) are deleted.
     """
+    for path in output_dir.glob(f"{name}*"):  # of an interrupted run; version 0.1.0 added a hash to the name
+        shutil.rmtree(path)
     staging = output_dir / name
-    if resumes and not staging.is_dir():
-        _remove_model(output_dir)
-    for path in [*output_dir.glob(".saving-*"), staging]:
-        if path != staging or not resumes:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in staging.glob("*"):
-        if path.suffix != ".safetensors":  # incomplete, of an interrupted run
-            path.unlink()
-    staging.mkdir(parents=True, exist_ok=True)
+    staging.mkdir(parents=True)
     try:
         yield staging
-    except BaseException as error:
-        if not resumes or isinstance(error, UserError):
-            shutil.rmtree(staging, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
         raise
-    if not resumes:
-        _remove_model(output_dir)
+    # Stale files must not be mistaken for those of the new model.
+    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+        path.unlink(missing_ok=True)
     for path in staging.iterdir():
         if path.is_dir():  # named chat templates, perhaps those of an interrupted run
             shutil.rmtree(output_dir / path.name, ignore_errors=True)
     move_files(staging, output_dir)
-
-
-def _remove_model(directory: Path) -> None:
-    """Remove the configuration and weights of a model, so that none of them passes for another model's."""
-    for path in [directory / "config.json", *directory.glob("model*.safetensors*")]:
-        path.unlink(missing_ok=True)
 
 
 def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:

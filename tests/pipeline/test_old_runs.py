@@ -121,13 +121,10 @@ def test_a_changed_input_is_refused():
     assert done.returncode == 2 and "model_name_or_path" in done.stderr
 
 
-def test_convert_keeps_finished_shards():
+def test_convert_starts_again():
     staging = next(Path("interrupted/convert").glob(".saving-*"))
-    shards = {path.name: files_in(staging)[str(path)] for path in staging.glob("*.safetensors")}
-    assert len(shards) == 2
+    assert len(list(staging.glob("*.safetensors"))) == 2
     resume("convert")
-    after = files_in("interrupted/convert")
-    assert {name: after[f"interrupted/convert/{name}"] for name in shards} == shards
     assert not staging.exists()
     for path in sorted(Path("runs/convert").glob("*.safetensors")):
         expected, weights = load_file(path), load_file(f"interrupted/convert/{path.name}")

@@ -35,7 +35,7 @@ class ConvertArguments:
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights: auto (the language model's), float32, bfloat16, float16.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Maximum size of a weights file. The conversion needs about as much memory.
+            Maximum size of a weights file.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the output of an earlier run and start again.
     """

@@ -5,22 +5,17 @@ Convert a checkpoint of the original LLaVA code to Hugging Face's layout: read i
 wherever they are published, check that they are complete, build the processor, write the files.
 """
 
-import hashlib
-import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import huggingface_hub
-import safetensors.torch
 import torch
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, StrictDataclassError
-from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedModel
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import atomic_path, write_json
 from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 from medst_trl.policy.families import family_of, on_meta
@@ -49,8 +44,7 @@ def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
     Convert a checkpoint of the original LLaVA code, or of one built on it, to a model that transformers loads.
 
     A training output is merged with its base (in float32, then back to the checkpoint's type). Nothing is written
-    unless every tensor is accounted for. An interrupted conversion resumes after the last complete shard when it is
-    called with the same arguments; with others it starts again, and no file of another model stays.
+    unless every tensor is accounted for, and no file of another model stays. It takes memory for the model.
 
     Args:
         args ([`ConvertArguments`]):
@@ -74,9 +68,7 @@ def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
     sources = (args.source, args.base, args.projector, args.vision_tower, args.vision_lora)
     if any(output_dir.is_dir() and Path(name).exists() and output_dir.samefile(name) for name in sources if name):
         raise UserError(f"output_dir {output_dir} is also the input. Choose another one.")
-    # Only the same conversion resumes what its directory contains.
-    digest = hashlib.sha256(json.dumps([*sources, role, args.dtype, args.max_shard_size]).encode()).hexdigest()
-    with staged_model(output_dir, f".saving-{digest[:16]}", resumes=True) as staging:
+    with staged_model(output_dir, ".saving") as staging:
         _write_weights(staging, model, parts, args.max_shard_size)
         processor.save_pretrained(staging)
         GenerationConfig(**{name: getattr(model.config, name) for name in SPECIAL_IDS}).save_pretrained(staging)
@@ -98,27 +90,12 @@ def default_role(config: LlavaConfig, has_vision_lora: bool) -> str:
 
 
 def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shard_size: str) -> None:
-    """Write safetensors shards and their index, with one shard in memory; shards of an interrupted run are kept."""
-    # The parts have no output layer if it is tied to the embedding.
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in parts.weights}
     # Names published for LLaVA are of no use where only transformers with medst_trl loads the model.
     is_own = family_of(model.config.model_type).is_own
-    names = {name if is_own else published_name(name): name for name in state}
-    split = huggingface_hub.split_torch_state_dict_into_shards(
-        {written: state[name].to(model.config.dtype) for written, name in names.items()}, max_shard_size=max_shard_size
-    )
-    with tqdm(total=len(names), desc="Writing weights", unit="tensor", disable=None) as bar:
-        for file, members in split.filename_to_tensors.items():
-            # An interrupted run may have moved some to the output directory already.
-            if not (staging / file).exists() and not (staging.parent / file).exists():
-                shard = {written: _weight(names[written], parts, model.config) for written in members}
-                with atomic_path(staging / file) as temporary:
-                    safetensors.torch.save_file(shard, temporary, metadata={"format": "pt"})
-                del shard
-            bar.update(len(members))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(staging / "model.safetensors.index.json", index)
+    # The parts have no output layer if it is tied to the embedding.
+    names = [name for name in model.state_dict() if name in parts.weights]
+    state = {name if is_own else published_name(name): _weight(name, parts, model.config) for name in names}
+    huggingface_hub.save_torch_state_dict(state, staging, max_shard_size=max_shard_size)
 
 
 def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
@@ -127,7 +104,7 @@ def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
     if name in (EMBEDDING, HEAD) and len(stored) < rows:
         mean = stored.float().mean(0, keepdim=True).to(stored.dtype)
         stored = torch.cat([stored, mean.expand(rows - len(stored), -1)])
-    tensor = stored.to(dtype).contiguous()
+    tensor = stored.to(dtype, copy=True).contiguous()  # tensors that share memory would be written once
     if not tensor.isfinite().all():
         reason = f"too large for {dtype}: choose another --dtype" if stored.isfinite().all() else "not finite"
         raise UserError(f"{name} has values that are {reason}. The checkpoint was not converted.")

@@ -2,15 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the processor of a converted checkpoint: a fast tokenizer, images as in training, and the chat template."""
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import CLIPImageProcessorPil, LlamaTokenizer, LlavaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from transformers.models.llava import LlavaImageProcessorPil, LlavaProcessor
-from transformers.tokenization_utils_base import generate_merges
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import vicuna_template
@@ -103,13 +101,24 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: if there is none, or it is not Llama's.
     """
+    found = next((name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
+            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
+        )
     try:
-        if (directory / "tokenizer.json").is_file():
+        if found == "tokenizer.json":
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         else:
             tokenizer = _from_sentencepiece(directory)
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(
+            f"Reading {directory / found} needs the packages sentencepiece and protobuf: pip install "
+            '"medst_trl[convert]"'
+        ) from error
     except Exception as error:  # the tokenizers library raises plain ones on a damaged file
         raise UserError(f"The tokenizer in {directory} cannot be read: {type(error).__name__}: {error}") from error
     if None in (tokenizer.bos_token, tokenizer.eos_token):
@@ -125,39 +134,28 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
+    trainer = SentencePieceExtractor(str(directory / "tokenizer.model")).proto.trainer_spec
+    if trainer.model_type != trainer.BPE:  # transformers would invent merges
+        raise UserError(f"tokenizer.model in {directory} is not a byte-pair model like Llama's. Add a tokenizer.json.")
     config = read_json(directory / "tokenizer_config.json")
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
-    for key, default in special.items():
-        value = config.get(key) or default
-        special[key] = value["content"] if isinstance(value, dict) else value
-    vocab = {piece: index for index, piece in enumerate(read_pieces(directory / "tokenizer.model"))}
-    llama = LlamaTokenizer(
-        vocab=vocab,
-        merges=generate_merges(vocab),
-        # What the slow tokenizer did without these keys. "Legacy": a space after every special token.
-        legacy=config.get("legacy", True),
-        add_bos_token=config.get("add_bos_token", True),
-        add_eos_token=False,
-        **special,
-    )
-    # The tokens after the pieces are in one of two files.
-    added = {int(index): token["content"] for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    added = added or {index: token for token, index in read_json(directory / "added_tokens.json").items()}
-    for index, token in sorted(added.items()):
-        if token in vocab:
-            continue
-        llama.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
-        if (free := llama.convert_tokens_to_ids(token)) != index:
+    # What the slow tokenizer did without these keys. "Legacy": a space after every special token.
+    settings = {"legacy": config.get("legacy", True), "add_bos_token": config.get("add_bos_token", True)}
+    # Without their `__type`, transformers refuses special tokens that are stored as objects.
+    settings |= {
+        key: value["content"] for key, value in config.items() if isinstance(value, dict) and "content" in value
+    }
+    llama = LlamaTokenizer.from_pretrained(directory, local_files_only=True, add_eos_token=False, **settings)
+    for token, index in read_json(directory / "added_tokens.json").items():
+        if llama.convert_tokens_to_ids(token) != index:  # transformers takes the next free id
             raise UserError(
-                f"{directory}: the added token {token!r} has the id {index}, which leaves a gap: the next free id is "
-                f"{free}. Copy the tokenizer's files again."
+                f"{directory}: the id {index} of the added token {token!r} leaves a gap. Copy the files again."
             )
     # With the general class the file tokenizer.json alone decides how text is split.
     return PreTrainedTokenizerFast(
         tokenizer_object=llama.backend_tokenizer,
         model_max_length=config.get("model_max_length") or 2048,
         clean_up_tokenization_spaces=False,
-        **special,
+        **llama.special_tokens_map,
     )
 
 
@@ -176,59 +174,3 @@ def _restart_after_images(tokenizer: PreTrainedTokenizerFast) -> None:
         backend = tokenizer.backend_tokenizer
         steps = [normalizers.Replace(Regex(r"\A\n"), " \n"), *([backend.normalizer] if backend.normalizer else [])]
         backend.normalizer = normalizers.Sequence(steps)
-
-
-# transformers needs the packages sentencepiece and protobuf to read a sentencepiece model. The pieces, which are all
-# that a byte-pair tokenizer needs, are a few fields of a protocol buffer
-# (https://protobuf.dev/programming-guides/encoding): each field has a number, a kind and a value.
-_PIECES, _TRAINER = 1, 2  # fields of the file
-_PIECE, _MODEL_TYPE, _BYTE_PAIRS = 1, 3, 2  # a field of a piece, a field of the trainer's settings and its value
-_FIXED_LENGTHS = {1: 8, 5: 4}  # bytes of a value, by kind; kind 0 is a number, and kind 2 states its length
-
-
-def read_pieces(path: Path) -> list[str]:
-    """
-    Read the pieces of a byte-pair sentencepiece model, in order of their ids.
-
-    Raises:
-        UserError: if the file is missing or not such a model.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
-            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
-        )
-    pieces, model_type = [], 1
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == _PIECES:
-                pieces.append(dict(_fields(value))[_PIECE].decode("utf-8"))
-            elif number == _TRAINER:
-                model_type = dict(_fields(value)).get(_MODEL_TYPE, model_type)
-    except (IndexError, KeyError, ValueError, AttributeError, TypeError):
-        raise UserError(f"{path} is not a sentencepiece model, or it is damaged. Download it again.") from None
-    if not pieces or model_type != _BYTE_PAIRS:
-        raise UserError(f"{path} is not a byte-pair model like Llama's. Put a tokenizer.json into the directory.")
-    return pieces
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    stream = io.BytesIO(data)
-    while stream.tell() < len(data):
-        number, kind = divmod(_varint(stream), 8)
-        if kind == 0:
-            yield number, _varint(stream)
-            continue
-        length = _varint(stream) if kind == 2 else _FIXED_LENGTHS[kind]  # an unknown kind: KeyError
-        value = stream.read(length)
-        if len(value) < length:
-            raise ValueError("incomplete")
-        yield number, value
-
-
-def _varint(stream: io.BytesIO) -> int:
-    value = shift = 0
-    while (byte := stream.read(1)[0]) > 127:
-        value |= (byte & 127) << shift
-        shift += 7
-    return value | byte << shift
