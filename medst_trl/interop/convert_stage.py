@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 def main(args: ConvertArguments) -> None:
     from medst_trl.pipeline.record import StageRecord
-    from medst_trl.policy.families import family_of
 
     from .conversion.convert import convert_checkpoint
 
@@ -47,15 +46,11 @@ def main(args: ConvertArguments) -> None:
         converted = convert_checkpoint(args)
         record.finish(counts={"parameters": converted["parameters"]}, **converted)
     print(
-        f"convert: {converted['model_type']}, {converted['parameters']:,} parameters in {converted['dtype']}, every "
-        f"tensor accounted for ({converted['changed']} merged with LoRA, {converted['changed_in_vision']} of them in "
-        f"the vision tower; {len(converted['left_out'])} left out because the model does not need them), in "
-        f"{args.output_dir}."
+        f"convert: {converted['model_type']} with the role {converted['vusr_role']}, {converted['parameters']:,} "
+        f"parameters in {converted['dtype']}, in {args.output_dir}. Every tensor is accounted for: "
+        f"{converted['changed']} were merged with LoRA, {converted['changed_in_vision']} of them in the vision tower, "
+        f"and {len(converted['left_out'])} were left out because the model does not need them."
     )
-    if family_of(converted["model_type"]).is_own:
-        print("convert: only transformers with medst_trl loads this model; vLLM and SGLang cannot.")
-    starts, other = {"text": ("text role VUSER:", "token"), "token": ("token <vusr>", "text")}[converted["vusr_role"]]
-    print(f"convert: questions start with the {starts}. To change that, convert with --vusr_role {other}.")
 
 
 def _config(settings: Mapping[str, Any]) -> "tuple[LlavaConfig, bool] | None":

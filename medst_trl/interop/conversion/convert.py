@@ -128,20 +128,20 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     directory = local_directory(args.source, "The checkpoint")
     base_directory = _base_directory(directory, args.base)
     original, parts = original_config(directory, base_directory), Parts()
-    parts.put(open_weights(base_directory))
+    parts.add(open_weights(base_directory))
     vision_directory, vision = _vision_tower(original, args.vision_tower, parts, base_directory)
     if directory != base_directory:
-        parts.change(directory)
+        parts.add_lora(directory)
         # Without its own projector that of the base would stay, and nothing would be missing.
         missing = f"lacks the projector, trained in full ({PROJECTOR_FILES[-1]}). Download it, or give --projector."
-        parts.put(open_weights(directory, PROJECTOR_FILES, None if args.projector else missing))
+        parts.add(open_weights(directory, PROJECTOR_FILES, None if args.projector else missing))
     if args.projector:
         missing = f"holds no projector ({', '.join(PROJECTOR_FILES)}). Give the file itself."
-        parts.put(open_weights(local_directory(args.projector, "The projector"), PROJECTOR_FILES, missing))
+        parts.add(open_weights(local_directory(args.projector, "The projector"), PROJECTOR_FILES, missing))
     lora = local_directory(args.vision_lora, "The vision LoRA") if args.vision_lora else directory / VISION_LORA
     has_lora = args.vision_lora is not None or lora.is_dir()
     if has_lora:
-        parts.change(lora)
+        parts.add_lora(lora)
     embedding = parts.weights.get(EMBEDDING)  # its rows count, because embeddings get resized
     rows = embedding.shape[0] if embedding and embedding.shape else original.get("vocab_size", 32000)
     config = llava_config(original, vision, rows)
@@ -262,7 +262,7 @@ def _vision_tower(config: dict, vision_tower: str | None, parts: Parts, base: Pa
         raise UserError("config.json names no mm_vision_tower. Give the CLIP directory or Hub id as --vision_tower.")
     directory = local_directory(source, "The vision tower (--vision_tower)", weights=not has_weights)
     if not has_weights:
-        parts.put(open_weights(directory), in_clip=True)
+        parts.add(open_weights(directory), in_clip=True)
     return directory, vision_config(directory)
 
 
@@ -295,7 +295,7 @@ def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, rows: int) 
     config_class = PrototypeLlavaConfig if original["mm_projector_type"] == "cluster" else LlavaConfig
     side, layer = vision.image_size // vision.patch_size, original.get("mm_vision_select_layer", -2)
     strategy = _STRATEGIES[original.get("mm_vision_select_feature") or "patch"]
-    return _make(
+    return _build_config(
         config_class,
         "config.json",
         vision_config=vision.to_dict(),
@@ -307,7 +307,7 @@ def llava_config(original: dict[str, Any], vision: CLIPVisionConfig, rows: int) 
     )
 
 
-def _make(config_class: type, file: str, **settings: Any) -> Any:
+def _build_config(config_class: type, file: str, **settings: Any) -> Any:
     """Make a configuration from the settings in a file, which may be such that no model can have them."""
     try:
         return config_class(**settings)
@@ -328,7 +328,6 @@ def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
         "mm_vision_select_feature": (original.get("mm_vision_select_feature") or "patch") not in _STRATEGIES,
         "mm_use_im_start_end": bool(original.get("mm_use_im_start_end")),
         "image_aspect_ratio": original.get("image_aspect_ratio") not in (None, "square", "pad"),
-        "hidden_act": original.get("hidden_act", "silu") != "silu",
         # hidden states are those of the layers, and their input
         "mm_vision_select_layer": not all(isinstance(layer, int) and -count <= layer < count for layer in layers),
     }
@@ -337,12 +336,6 @@ def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
             raise UserError(
                 f"{key} is {original[key]!r} in config.json. Only architectures like LLaVA-1.5 can be converted."
             )
-    width = original.get("mm_hidden_size", vision.hidden_size)
-    if width != vision.hidden_size:
-        raise UserError(
-            f"The projector reads features of size {width} (mm_hidden_size), but the vision tower writes "
-            f"{vision.hidden_size}. Give the tower that the checkpoint was trained with as --vision_tower."
-        )
 
 
 def vision_config(directory: Path) -> CLIPVisionConfig:
@@ -360,4 +353,4 @@ def vision_config(directory: Path) -> CLIPVisionConfig:
         )
     known = CLIPVisionConfig().to_dict().keys() - {"model_type", "dtype", "transformers_version"}
     settings = {key: value for key, value in content.items() if key in known}
-    return _make(CLIPVisionConfig, str(directory / "config.json"), **settings)
+    return _build_config(CLIPVisionConfig, str(directory / "config.json"), **settings)

@@ -64,11 +64,9 @@ def build_processor(
     side = config.vision_config.image_size
     settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     own = image_settings(vision_directory)
-    settings |= {key: own[key] for key in ("image_mean", "image_std") if key in own} | (
-        {"do_pad": True} if pad else {}
-    )
+    settings |= {key: own[key] for key in ("image_mean", "image_std") if key in own}
     # The processors on PIL: the others need torchvision.
-    images = (LlavaImageProcessorPil if pad else CLIPImageProcessorPil)(**settings)
+    images = LlavaImageProcessorPil(do_pad=True, **settings) if pad else CLIPImageProcessorPil(**settings)
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return LlavaProcessor(
         image_processor=images,

@@ -157,13 +157,6 @@ def _find_weights(directory: Path, names: Sequence[str]) -> list[Path]:
             return _shards(index)
         if (directory / name).is_file():
             return [directory / name]
-    for name in names:
-        stem, _, suffix = name.rpartition(".")
-        if shards := sorted(directory.glob(f"{stem}-*-of-*.{suffix}")):
-            raise UserError(
-                f"{directory} holds {len(shards)} shards such as {shards[0].name} but not their index "
-                f"{name}.index.json, so missing ones would not be noticed. Download the index too."
-            )
     return []
 
 
@@ -188,17 +181,13 @@ def _load(file: Path):
             return load_file(file)
         # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than tensors, perhaps code, or is damaged. Nothing of it was run. Ask for the "
+            "weights as safetensors, or as a plain state dict."
+        ) from error
     except Exception as error:  # a damaged file can fail in any way
-        problem = str(error).strip()
-        # In PyTorch's long advice, the line that says what was refused.
-        refused = re.search(r".*(GLOBAL|Unsupported (class|oper)).*", problem)
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise UserError(
-                f"{file} holds more than tensors, perhaps code, so it was refused and nothing of it was run "
-                f"({refused[0].strip()[:200]}). Ask for the weights as safetensors, or as a plain state dict."
-            ) from None
-        problem = problem.partition("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{file} is damaged or incomplete ({problem}). Download it again.") from None
+        raise UserError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
 
 
 # --- Names and LoRA layers -------------------------------------------------------------------------------------------
@@ -277,7 +266,7 @@ class Parts:
     unused: list[StoredTensor] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def put(self, tensors: Iterable[StoredTensor], in_clip: bool = False) -> None:
+    def add(self, tensors: Iterable[StoredTensor], in_clip: bool = False) -> None:
         """
         Add tensors under their names in the model, replacing earlier ones. A projector replaces all of an earlier one.
 
@@ -303,7 +292,7 @@ class Parts:
             self.weights = {k: v for k, v in self.weights.items() if not k.startswith(PROJECTOR)}
         self.weights |= placed
 
-    def change(self, directory: Path) -> None:
+    def add_lora(self, directory: Path) -> None:
         """
         Add the LoRA layers of a directory with `adapter_config.json` and `adapter_model.bin` or `.safetensors`.
 

@@ -258,7 +258,7 @@ def test_damaged_and_incomplete_downloads_are_refused(tmp_path, form):
     index.write_text(index_text.replace(shard.name, f"../{shard.name}"))
     assert "names a file outside its directory" in refusal()
     index.unlink()
-    assert f"not their index {index.name}" in refusal()
+    assert "holds no weights" in refusal() and "shards with their index" in refusal()
     index.write_text(index_text)
     (source / "tokenizer.model").unlink()
     assert "no tokenizer" in refusal()
@@ -284,7 +284,6 @@ def test_damaged_and_incomplete_downloads_are_refused(tmp_path, form):
         ({"num_attention_heads": 7}, "impossible model.*attention heads"),
         ({"num_attention_heads": 0}, "impossible model"),
         ({"mm_vision_tower": 3}, "names no mm_vision_tower"),
-        ({"mm_hidden_size": 1024}, "size 1024.*writes 32.*--vision_tower"),
         ({"mm_vision_tower": "/home/author/clip"}, "--vision_tower"),
         ({"mm_vision_tower": None}, "names no mm_vision_tower"),
         ({"vocab_size": 5, "text_config": {}, "model_type": "llava"}, "Hugging Face layout already"),
@@ -397,7 +396,7 @@ def test_a_finished_stage_is_skipped_and_refuses_other_settings(tmp_path, capsys
     with pytest.raises(UserError, match="Unknown vusr_role 'word'"):
         main(ConvertArguments(**arguments, vusr_role="word"))
     main(ConvertArguments(**arguments))
-    assert "VUSER:" in capsys.readouterr().out
+    assert "with the role text" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     assert record["status"] == "complete" and record["vusr_role"] == "text"
     main(ConvertArguments(**arguments))
