@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR
 from medst_trl.policy.families import family_of
-from medst_trl.policy.vusr import in_form, neutralise_parts, turn_format
+from medst_trl.policy.vusr import neutralise_parts
 
 from .engine import Prompt, Sampling, sent_parts
 
@@ -60,12 +60,9 @@ def chat_inputs(
         [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` of shape (batch, length), and the pixel
         inputs.
     """
-    form = turn_format(processor).content_form
     pairs = zip(conversations, map(iter, images), strict=True)
-    rendered = [[_message(processor, message, form, left) for message in messages] for messages, left in pairs]
+    rendered = [[_message(processor, message, left) for message in messages] for messages, left in pairs]
     kwargs = {"padding": True, "padding_side": "left"}
-    if form == "string" and any(images):
-        kwargs["images"] = [[image.convert("RGB") for image in own] for own in images]
     returned = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return processor.apply_chat_template(rendered, add_generation_prompt=True, processor_kwargs=kwargs, **returned)
 
@@ -76,12 +73,12 @@ def prompt_inputs(processor: "ProcessorMixin", prompts: Sequence[Prompt]) -> "Ba
     return chat_inputs(processor, [prompt.messages for prompt in prompts], images)
 
 
-def _message(processor: "ProcessorMixin", message: dict[str, Any], form: str, images) -> dict[str, Any]:
+def _message(processor: "ProcessorMixin", message: dict[str, Any], images) -> dict[str, Any]:
     def image_part() -> dict[str, Any]:
-        return {"type": "image"} | ({} if form == "string" else {"image": next(images).convert("RGB")})
+        return {"type": "image", "image": next(images).convert("RGB")}
 
     parts = sent_parts(message, lambda texts: neutralise_parts(texts, processor), image_part)
-    return {"role": message["role"], "content": in_form(parts, form, processor)}
+    return {"role": message["role"], "content": parts}
 
 
 def write_texts(

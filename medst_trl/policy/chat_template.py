@@ -33,43 +33,29 @@ TEXT_ROLE_MARK = "{#- medst_trl VUSER text role 1 -#}"
 # - vicuna.jinja: `generation` marks what is trained, for TRL's own collators.
 # - vuser_turn.jinja: a server that passes text only has image placeholders in it.
 _TEMPLATES = Path(__file__).with_name("chat_templates")
-# Content of the open turn as the wrapped template receives it: the caller's form where the template takes any.
-_CONTENT = {
-    "any": "vusr_c if vusr_c is string else vusr_images + [{'type': 'text', 'text': '<vusr>'}]",
-    "list": "vusr_images + [{'type': 'text', 'text': '<vusr>'}]",
-    "string": "vusr_t",
-}
 
 
-def wrap_chat_template(
-    template: str | dict[str, str], *, content_form: str = "any", image_token: str = "", answer_end: str = ""
-) -> str | dict[str, str]:
+def wrap_chat_template(template: str, *, image_token: str = "", answer_end: str = "") -> str:
     """
     Wrap a chat template so that it leaves a trailing bare `<vusr>` turn open. A wrapped template is returned as is.
 
     Args:
-        template (`str` or `dict[str, str]`):
-            Jinja chat template, or the named templates of a processor.
-        content_form (`str`, *optional*, defaults to `"any"`):
-            Form of message content that the template renders: `"list"` of typed parts, `"string"` or `"any"` of both.
+        template (`str`):
+            Jinja chat template.
         image_token (`str`, *optional*, defaults to `""`):
             Image placeholder that may appear beside `<vusr>` where content is a string.
         answer_end (`str`, *optional*, defaults to `""`):
             Text that closes every assistant turn, for templates that close it with nothing.
 
     Returns:
-        `str` or `dict[str, str]`: The wrapped template(s).
+        `str`: The wrapped template.
     """
-    if isinstance(template, dict):
-        named = {"content_form": content_form, "image_token": image_token, "answer_end": answer_end}
-        return {name: wrap_chat_template(value, **named) for name, value in template.items()}
     if template.startswith(MARK):
         return template
     # Jinja drops one newline at the end of a template; inside the wrapper it would no longer be at the end.
     inner = template.removesuffix("\n")
     close = _file("close_answers.jinja", EOS=repr(answer_end)) if answer_end else ""
-    values = {"CLOSE_ANSWERS": close, "IMAGE": repr(image_token or "\x00"), "CONTENT": _CONTENT[content_form]}
-    wrapper = _file("vusr_wrapper.jinja", **values)
+    wrapper = _file("vusr_wrapper.jinja", CLOSE_ANSWERS=close, IMAGE=repr(image_token or "\x00"))
     return MARK + wrapper.removesuffix("\n").replace("@TEMPLATE@", inner)
 
 
@@ -81,16 +67,13 @@ def _file(name: str, **values: str) -> str:
     return text
 
 
-def saved_role(template: str | dict[str, str] | None) -> str | None:
+def saved_role(template: str | None) -> str | None:
     """
-    Return how a chat template (every one of a processor's named templates) opens the turns that the model writes:
-    `"token"` for one with the `<vusr>` wrapper, `"text"` for one with the role `VUSER:`, `None` for any other.
+    Return how a chat template opens the turns that the model writes: `"token"` for one with the `<vusr>` wrapper,
+    `"text"` for one with the role `VUSER:`, `None` for any other.
     """
-    templates = list(template.values()) if isinstance(template, dict) else [template]
-    for role, mark in (("token", MARK), ("text", TEXT_ROLE_MARK)):
-        if templates and all(value and value.startswith(mark) for value in templates):
-            return role
-    return None
+    roles = {MARK: "token", TEXT_ROLE_MARK: "text"}
+    return next((role for mark, role in roles.items() if template and template.startswith(mark)), None)
 
 
 VICUNA_SYSTEM = (
@@ -147,8 +130,6 @@ class TurnFormat:
     How a chat template writes the turns of a conversation.
 
     Args:
-        content_form (`str`):
-            Form of message content that it renders: `"list"`, `"string"` or `"any"`.
         question_end (`str`):
             Special token with which the template closes a user turn, `""` for none.
         answer_end (`str`):
@@ -160,7 +141,6 @@ class TurnFormat:
             The same for a question without an image, after the open `<vusr>` turn.
     """
 
-    content_form: str
     question_end: str
     answer_end: str
     answer_lead: str
@@ -173,7 +153,7 @@ def probe_turns(render: Callable[..., str], special_tokens: list[str]) -> TurnFo
 
     Args:
         render (`Callable`):
-            `render(messages, add_generation_prompt=False) -> str`. It may raise on a content form it does not take.
+            `render(messages, add_generation_prompt=False) -> str`.
         special_tokens (`list[str]`):
             Texts of the tokenizer's special tokens.
 
@@ -181,12 +161,12 @@ def probe_turns(render: Callable[..., str], special_tokens: list[str]) -> TurnFo
         [`TurnFormat`]
 
     Raises:
-        UserError: if the template renders neither form of content, or drops the text of a turn.
+        UserError: if the template takes no typed parts, or drops the text of a turn.
     """
-    content_form = _content_form(render)
+    _check_takes_parts(render)
 
     def message(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": text if content_form == "string" else [text_part(text)]}
+        return {"role": role, "content": [text_part(text)]}
 
     question = message("user", "q")
     asked = render([message("user", VUSR + LEFT + "q" + RIGHT)])
@@ -199,7 +179,6 @@ def probe_turns(render: Callable[..., str], special_tokens: list[str]) -> TurnFo
     prompt = render([question], add_generation_prompt=True)
     bare = render([message("user", VUSR)])
     return TurnFormat(
-        content_form=content_form,
         question_end=_leading_token(asked.split(RIGHT)[1], special_tokens),
         answer_end=_leading_token(answered.split(RIGHT)[1], special_tokens),
         answer_lead=_lead(prompt, answered),
@@ -213,21 +192,16 @@ def _lead(prompt: str, written: str) -> str:
     return lead if lead.isspace() else ""
 
 
-def _content_form(render: Callable[..., str]) -> str:
-    def takes(content) -> bool:
-        try:
-            text = render([{"role": "user", "content": content}])
-        except Exception:  # a template may fail in any way on a form it was not written for
-            return False
-        return "QQZZ" in text and "'type'" not in text and '"type"' not in text
-
-    string, parts = takes("QQZZ"), takes([text_part("QQZZ")])
-    if not (string or parts):
+def _check_takes_parts(render: Callable[..., str]) -> None:
+    try:
+        text = render([{"role": "user", "content": [text_part("QQZZ")]}])
+    except Exception:  # a template may fail in any way on a form it was not written for
+        text = ""
+    if "QQZZ" not in text or "'type'" in text or '"type"' in text:  # a template for strings writes the list
         raise UserError(
-            "The chat template renders no user message, neither from a string nor from a list of typed parts. "
-            "Give the processor a chat template for chat messages."
+            "The chat template does not render messages whose content is a list of typed parts, such as "
+            "[{'type': 'text', 'text': 'Is it?'}]. Give the processor a chat template that does."
         )
-    return "any" if string and parts else "list" if parts else "string"
 
 
 def _leading_token(text: str, special_tokens: list[str]) -> str:

@@ -52,10 +52,6 @@ class Family:
         shares_prompts (`bool`, *optional*, defaults to `False`):
             Whether several texts can be generated from one reading of a prompt, and image features can be reused,
             with the same result.
-        shares_prefix (`bool`, *optional*):
-            Whether DPO can read the prompt of a pair once. `None` leaves it to the model's structure.
-        text_role (`bool`, *optional*, defaults to `False`):
-            Whether published checkpoints were trained with the text role `VUSER:` instead of the token `<vusr>`.
         causal (`bool`, *optional*, defaults to `True`):
             Whether a token attends only to earlier ones. `False` where image tokens attend to each other both ways,
             marked by `token_type_ids`.
@@ -69,8 +65,6 @@ class Family:
     limits: str = "none known"
     packs_with: frozenset[str] = frozenset()
     shares_prompts: bool = False
-    shares_prefix: bool | None = None
-    text_role: bool = False
     causal: bool = True
     is_own: bool = False
 
@@ -97,7 +91,7 @@ for _family in (
     Family("internvl", "InternVL 3 and 3.5 (`-hf`)", ("internvl",), limits="extra `video`", shares_prompts=True),
     Family("llava", "LLaVA-1.5", ("llava",), packs_with=_LLAMA, shares_prompts=True),
     Family("llava_next", "LLaVA-NeXT", ("llava_next",), packs_with=_LLAMA, shares_prompts=True),
-    Family("mllama", "Llama 3.2-Vision", ("mllama",), limits="cross-attention", shares_prefix=False),
+    Family("mllama", "Llama 3.2-Vision", ("mllama",), limits="cross-attention"),
     Family(
         "prototype_llava",
         "SQ-LLaVA, STLLaVA-Med (converted)",
@@ -105,7 +99,6 @@ for _family in (
         limits="needs `import medst_trl` to load; no vLLM or SGLang",
         packs_with=_LLAMA,
         shares_prompts=True,
-        text_role=True,
         is_own=True,
     ),
     Family(
@@ -164,22 +157,18 @@ def check_architecture(config: "PreTrainedConfig", name: str) -> None:
     Raises:
         UserError: for a model with a Q-Former or with an encoder for its text.
     """
-    if getattr(config, "qformer_config", None) is not None:
-        problem = "whose images pass through a Q-Former, in which the place of an adapter is unknown"
-    elif config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-        problem = "an encoder with a decoder. Only decoders are trained on conversations"
-    else:
-        return
-    raise UserError(
-        f"{name!r} is of the type `{config.model_type}`, {problem}, so this family is not supported. "
-        f"{tested_families()}"
-    )
+    encodes_text = config.is_encoder_decoder or config.get_text_config().is_encoder_decoder
+    if encodes_text or getattr(config, "qformer_config", None) is not None:
+        raise UserError(
+            f"{name!r} is of the type `{config.model_type}`, which has a Q-Former or an encoder for its text. "
+            f"Such models are not supported. {tested_families()}"
+        )
 
 
 def aspect_ratio_error(sizes: Iterable[tuple[int, int]]) -> str | None:
     """Describe the first image, given by width and height, whose aspect ratio no family takes; `None` if all fit."""
     strip = next((size for size in sizes if max(size) > MAX_ASPECT_RATIO * min(size)), None)
-    return strip and f"{strip[0]} x {strip[1]} pixels, and models take at most {MAX_ASPECT_RATIO}:1"
+    return strip and f"{strip[0]} x {strip[1]} pixels; the maximum is {MAX_ASPECT_RATIO}:1"
 
 
 # --- The parts of a model --------------------------------------------------------------------------------------------

@@ -8,23 +8,16 @@ count. A loaded policy keeps those, and its sampling settings for tools that loa
 """
 
 import json
-import logging
 import operator
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, NoBadWordsLogitsProcessor, PreTrainedModel, SequenceBiasLogitsProcessor
+from transformers import GenerationConfig, PreTrainedModel
 
-from medst_trl.base.errors import UserError, located
-from medst_trl.base.processes import rank
+from medst_trl.base.errors import UserError
 
 from .adapters import find_model_file
 
-
-logger = logging.getLogger(__name__)
 
 # Which tokens or strings end a text, and which tokens never appear in one.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
@@ -33,13 +26,11 @@ USED_SETTINGS = (*TOKENS, "stop_strings")
 _SAMPLING = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 )  # fmt: skip
-# The length is another setting of a stage, and the cache changes no text.
-_WITHOUT_EFFECT = re.compile("_|output_|max_|use_cache|cache_|return_dict|disable_compile|continuous|transformers_")
 
 
 def read_generation_config(name_or_path: str, revision: str | None = None) -> GenerationConfig | None:
     """
-    Read what is used of a model's generation settings, and warn of others that would change a text.
+    Read what is used of a model's generation settings.
 
     Args:
         name_or_path (`str`):
@@ -51,20 +42,15 @@ def read_generation_config(name_or_path: str, revision: str | None = None) -> Ge
         [`~transformers.GenerationConfig`] or `None`: `None` without a file.
 
     Raises:
-        UserError: if the file is damaged, or a setting that is used is invalid.
+        UserError: if the file is damaged, or a token is not a number.
     """
     path = find_model_file(name_or_path, "generation_config.json", revision, local_files_only=False)
-    if path is None:
-        return None
-    with located(f"generation_config.json of {name_or_path!r}"), _usable("the file"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        config = _reduced(settings)
-    unused = GenerationConfig().to_dict().keys() - {*USED_SETTINGS, *_SAMPLING[:4]}
-    ignored = [name for name in sorted(unused & settings.keys()) if settings[name] not in (None, 0, 1)]
-    ignored = [name for name in ignored if not _WITHOUT_EFFECT.match(name)]
-    if ignored and rank() == 0:
-        logger.warning(f"Settings in generation_config.json of {name_or_path!r} not used: {', '.join(ignored)}.")
-    return config
+    try:
+        return None if path is None else _reduced(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"generation_config.json of {name_or_path!r} cannot be used ({error}). Correct or remove the file."
+        ) from error
 
 
 def prepare_generation_config(
@@ -82,39 +68,25 @@ def prepare_generation_config(
             Padding token, if the config has none.
         vusr_token_id (`int`, *optional*):
             Token id of `<vusr>`, which is read and never written.
-
-    Raises:
-        UserError: if a setting that is used is invalid.
     """
-    with located(f"generation_config.json of {model.name_or_path!r}"), _usable("the file"):
-        config = model.generation_config = _reduced(vars(model.generation_config))
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        config.eos_token_id = [token for token in dict.fromkeys([*ends, *stop_token_ids]) if token is not None]
-        if config.pad_token_id is None:
-            config.pad_token_id = pad_token_id
-        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
-        ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.get_text_config().vocab_size)
-        with _usable("bad_words_ids or sequence_bias"):
-            if config.bad_words_ids:
-                NoBadWordsLogitsProcessor(config.bad_words_ids, torch.tensor(config.eos_token_id))(ids, scores)
-            if config.sequence_bias:
-                SequenceBiasLogitsProcessor(config.sequence_bias)(ids, scores)
+    config = model.generation_config = _reduced(vars(model.generation_config))
+    config.eos_token_id = list(dict.fromkeys([*(config.eos_token_id or ()), *stop_token_ids]))
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
 
 
 def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
     """Return a config of the settings that are used or can always be saved."""
     names = (*USED_SETTINGS, *_SAMPLING, "repetition_penalty")
     kept = {name: value for name in names if (value := settings.get(name)) not in (None, [], "", [""])}
-    for name in {"bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"} & kept.keys():
-        is_list = name == "suppress_tokens" or (name != "pad_token_id" and isinstance(kept[name], list))
-        with _usable(name):
-            kept[name] = list(map(operator.index, kept[name])) if is_list else operator.index(kept[name])
-    if kept.get("pad_token_id", 0) < 0:  # the original Llama's is -1
+    for name in {"eos_token_id", "suppress_tokens", "stop_strings"} & kept.keys():
+        if not isinstance(kept[name], list):
+            kept[name] = [kept[name]]
+    for name in {"eos_token_id", "suppress_tokens"} & kept.keys():
+        kept[name] = [operator.index(token) for token in kept[name]]  # raises for anything but an integer
+    if operator.index(kept.get("pad_token_id", 0)) < 0:  # the original Llama's is -1
         del kept["pad_token_id"]
-    if strings := kept.get("stop_strings"):
-        with _usable("stop_strings"):
-            kept["stop_strings"] = [strings] if isinstance(strings, str) else list(filter("".__ne__, strings))
-            "".join(kept["stop_strings"])
     neutral = GenerationConfig._get_default_generation_params()
     effective = {name for name in _SAMPLING[1:] if kept.get(name, neutral.get(name)) != neutral.get(name)}
     if kept.get("do_sample") is False or kept.get("temperature") == 0:
@@ -122,12 +94,3 @@ def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
     elif effective:
         kept["do_sample"] = True
     return GenerationConfig(**kept)
-
-
-@contextmanager
-def _usable(what: str) -> Iterator[None]:
-    """Name the setting, or the file, that the libraries refuse."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise UserError(f"{what} cannot be used ({error}). Correct or remove {what}.") from error

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
 
-import importlib.util
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from medst_trl.base.errors import UserError, located
+from medst_trl.base.errors import UserError, located, number_of
 from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
 
 from . import DTYPES
-from .adapters import LOADING_ERRORS, MAX_TENSORS, find_model_file, hub_commit, load_adapter, read_adapter_config
+from .adapters import LOADING_ERRORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import add_embedding_row, check_family, model_parts, on_meta
 from .generation import prepare_generation_config, read_generation_config
 from .image_tokens import fit_processor
@@ -113,24 +111,30 @@ def load_processor(
         UserError: if the processor or its model cannot be used.
     """
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    base, base_kwargs, adapter = model_name_or_path, kwargs, read_adapter_config(model_name_or_path, revision)
-    if adapter is not None:
-        base, base_revision = split_revision(base_model_name_or_path or adapter.base_model_name_or_path or "")
-        if not base:
-            raise UserError(f"The adapter {model_name_or_path!r} names no base model. Pass base_model_name_or_path.")
-        base_kwargs = kwargs | {"revision": base_revision or (None if base_model_name_or_path else adapter.revision)}
-        where = f"The base of the adapter {model_name_or_path!r} (pass base_model_name_or_path if it has moved)"
-    with nullcontext() if adapter is None else located(where):
-        if adapter is not None:
-            check_reachable(base)
+    adapter = read_adapter_config(model_name_or_path, revision)
+    if adapter is None:
+        config, processor = (
+            read_model_config(model_name_or_path, **kwargs),
+            _load_processor(model_name_or_path, kwargs),
+        )
+        fit_processor(processor, config, model_name_or_path)
+        return processor, model_name_or_path, kwargs, None
+    base, base_revision = split_revision(base_model_name_or_path or adapter.base_model_name_or_path or "")
+    if not base:
+        raise UserError(f"The adapter {model_name_or_path!r} names no base model. Pass base_model_name_or_path.")
+    base_kwargs = kwargs | {"revision": base_revision or (None if base_model_name_or_path else adapter.revision)}
+    with located(f"The base of the adapter {model_name_or_path!r} (pass base_model_name_or_path if it has moved)"):
+        check_reachable(base)
         config = read_model_config(base, **base_kwargs)
     files = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    own = [find_model_file(model_name_or_path, file, revision, local_files_only=False) for file in files]
-    if adapter is None or (own[0] and any(own[1:])):
+    tokenizer, *settings = (
+        find_model_file(model_name_or_path, file, revision, local_files_only=False) for file in files
+    )
+    if tokenizer and any(settings):
         source, processor = model_name_or_path, _load_processor(model_name_or_path, kwargs)
     else:
         source, processor = base, _load_processor(base, base_kwargs)
-        if own[0]:  # other tools save an adapter with a tokenizer alone
+        if tokenizer:  # other tools save an adapter with a tokenizer alone
             processor.tokenizer = _load_processor(model_name_or_path, kwargs, AutoTokenizer)
     fit_processor(processor, config, source)
     return processor, base, base_kwargs, adapter
@@ -167,19 +171,13 @@ def read_model_config(name_or_path: str, *, trust_remote_code: bool, **hub: Any)
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
     kind = "" if Path(name_or_path).is_dir() else ", which is not a directory here"
-    return UserError(f"No {what} could be loaded from {name_or_path!r}{kind}: {_reason(error)}")
+    return UserError(f"No {what} could be loaded from {name_or_path!r}{kind}: {type(error).__name__}: {error}")
 
 
 def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type = AutoProcessor) -> Any:
     try:
         return auto_class.from_pretrained(name_or_path, **kwargs)
-    except ImportError as error:
-        what = " ".join(str(error).partition(".")[0].split())
-        raise UserError(
-            f"The processor of {name_or_path!r} needs a missing package: {what}. The video half of Qwen-VL, InternVL "
-            'and SmolVLM needs torchvision: pip install "medst_trl[video]"'
-        ) from error
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, ImportError) as error:
         raise _not_loaded("processor", name_or_path, error) from error
 
 
@@ -194,27 +192,14 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> P
         model, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except (*LOADING_ERRORS, ImportError, SafetensorError) as error:
+    except (*LOADING_ERRORS, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loaded("vision-language model", base, error) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(
-            f"Some weights of {base!r} have other shapes than config.json says (listed above). Download it again."
-        ) from error
     if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - MAX_TENSORS} more" if len(missing) > MAX_TENSORS else ""
-        raise UserError(
-            f"{base!r} is incomplete: its files lack {', '.join(missing[:MAX_TENSORS])}{more}. Download it again."
-        )
+        lacking = f"{number_of(len(missing), 'weight')} such as {missing[0]}"
+        raise UserError(f"{base!r} is incomplete: its files lack {lacking}. Download it again.")
     # transformers 5 no longer keeps it, and the base of an adapter has to be found again.
     model.hub_commit = hub_commit(base, "config.json", kwargs["revision"])
     return model
-
-
-def _reason(error: Exception) -> str:
-    """Return the text of an error, with its type if the message is Python's own (`KeyError: 'x'`)."""
-    return str(error) if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
 
 
 def four_bit_config(name_or_path: str, dtype: str | torch.dtype, **kwargs: Any) -> BitsAndBytesConfig:
@@ -229,12 +214,7 @@ def four_bit_config(name_or_path: str, dtype: str | torch.dtype, **kwargs: Any) 
         name_or_path (`str`): Directory or Hub id of a vision-language model.
         dtype (`str` or `torch.dtype`): Type to compute in; `"auto"` for bfloat16.
         **kwargs: `revision`, `trust_remote_code`, as for `from_pretrained`.
-
-    Raises:
-        UserError: if bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('load_in_4bit needs bitsandbytes, which is not installed: pip install "medst_trl[qlora]"')
     model = on_meta(AutoConfig.from_pretrained(name_or_path, **kwargs))
     language_model = f"{model_parts(model).language_model}."
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

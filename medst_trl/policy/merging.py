@@ -85,8 +85,8 @@ def merge_policy(
         and `tokens` compared, `float32_difference`, `stored_difference` and `stored_tolerance` in nats.
 
     Raises:
-        UserError: for a model without an adapter, a quantized base, weights that cannot be merged, or a difference
-            above the tolerance. Nothing is left in `output_dir` then.
+        UserError: for a model without an adapter, weights that cannot be merged, or a difference above the tolerance.
+            Nothing is left in `output_dir` then.
     """
     check_shard_size(max_shard_size)
     check_choice("dtype", dtype, DTYPES)
@@ -108,8 +108,7 @@ def merge_policy(
         _save(model, processor, staging, dtype, max_shard_size)
         del model  # one copy in memory at a time
         saved, saved_processor = _load_plainly(staging, dtype, trust_remote_code)
-        check_same_inputs(batches, batches_of(saved_processor, examples))
-        proof["stored_difference"] = difference(log_probs(saved, batches), expected)
+        proof["stored_difference"] = difference(log_probs(saved, batches_of(saved_processor, examples)), expected)
         del saved
         proof["stored_tolerance"] = _tolerance(load, dtype, batches, expected)
         check_difference(proof["stored_difference"], proof["stored_tolerance"], f"loaded from disk, in {dtype}")
@@ -140,16 +139,11 @@ def check_shard_size(size: str) -> None:
 
 
 def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Describe the merge: base, Hub commits, and the type to save. Raise if the base cannot be merged into."""
+    """Describe the merge: base, Hub commits, and the type to save. Raises if the base has another type."""
     base = model.get_base_model()
     config = AutoConfig.from_pretrained(
         base.name_or_path, revision=base.hub_commit, trust_remote_code=trust_remote_code
     )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{base.name_or_path!r} is quantized, and a merged weight would be rounded to its few values. Pass the "
-            "model it was made from as base_model_name_or_path."
-        )
     if dtype == "auto":
         dtype = str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES[1:]:
@@ -204,9 +198,6 @@ def staged_model(output_dir: Path, name: str) -> Iterator[Path]:
     # Stale files must not be mistaken for those of the new model.
     for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
         path.unlink(missing_ok=True)
-    for path in staging.iterdir():
-        if path.is_dir():  # named chat templates, perhaps those of an interrupted run
-            shutil.rmtree(output_dir / path.name, ignore_errors=True)
     move_files(staging, output_dir)
 
 
@@ -222,8 +213,10 @@ def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:
 
 
 def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the largest difference in nats; NaN where anything is NaN."""
-    return torch.stack([(one - other).abs().max() for one, other in zip(found, expected, strict=True)]).max().item()
+    """Return the largest difference in nats; NaN where anything is NaN, or of another shape."""
+    if [rows.shape for rows in found] != [rows.shape for rows in expected]:
+        return float("nan")
+    return torch.stack([(one - other).abs().max() for one, other in zip(found, expected)]).max().item()
 
 
 def check_difference(difference: float, tolerance: float, how: str) -> None:
@@ -233,24 +226,9 @@ def check_difference(difference: float, tolerance: float, how: str) -> None:
     Raises:
         UserError: if it is above the tolerance.
     """
-    if not difference <= tolerance:  # NaN is no agreement
+    if not difference <= tolerance:  # true for NaN
         raise UserError(
             f"The merged model ({how}) does not agree with the adapter: log-probabilities differ by up to "
             f"{difference:.2g}, more than {tolerance:.2g}. Nothing was written. PEFT cannot merge LoRA on tied "
-            "embeddings. For any other adapter, try --dtype float32, and report it."
+            "embeddings, or into a quantized base. For any other adapter, try --dtype float32, and report it."
         )
-
-
-def check_same_inputs(batches: Batches, again: Batches) -> None:
-    """
-    Check that two processors made the same batches.
-
-    Raises:
-        UserError: if they did not.
-    """
-    for one, other in zip(batches, again, strict=True):
-        if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
-            raise UserError(
-                "The processor that was saved with the merged model produces other inputs than the adapter's. Nothing "
-                "was written. Please report it with the name of the base."
-            )

@@ -15,11 +15,10 @@ removed: the template alone decides what surrounds them, and the text is tokeniz
 """
 
 import re
-import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_choice
@@ -30,8 +29,6 @@ from .chat_template import LEFT, RIGHT, VUSR, TurnFormat, probe_turns, saved_rol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-_T = TypeVar("_T")
 
 VUSR_ROLES = ("token", "text")
 # Inserted after the first character of a control token in data: invisible to a reader, and no longer a token.
@@ -60,9 +57,8 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
     Raises:
         UserError: if the tokenizer is slow, or the pad token, end-of-sequence token or chat template is missing.
     """
-    tokenizer = tokenizer_of(processor)
-    _check_processor(processor, tokenizer)
-    template = processor.chat_template or tokenizer.chat_template
+    tokenizer, template = tokenizer_of(processor), _template_of(processor)
+    _check_processor(processor)
     if saved_role(template) == "text":
         processor.chat_template = template
         return None
@@ -73,7 +69,6 @@ def add_vusr(processor: "ProcessorMixin") -> int | None:
         turns = turn_format(processor)
         template = wrap_chat_template(
             template,
-            content_form=turns.content_form,
             image_token=getattr(processor, "image_token", None) or "",
             answer_end="" if turns.answer_end else tokenizer.eos_token,
         )
@@ -89,34 +84,28 @@ def add_special_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
     tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
 
 
-def _set_template(processor: "ProcessorMixin", template: str | dict[str, str]) -> None:
+def _template_of(processor: "ProcessorMixin") -> str | None:
+    """Return the chat template of a processor or of its tokenizer, the default one if they have several."""
+    template = processor.chat_template or tokenizer_of(processor).chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _set_template(processor: "ProcessorMixin", template: str) -> None:
     processor.chat_template = template
     if tokenizer_of(processor).chat_template is not None:
         tokenizer_of(processor).chat_template = template
 
 
-def _check_processor(processor: "ProcessorMixin", tokenizer: "PreTrainedTokenizerBase") -> None:
-    name = type(processor).__name__
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{name} has a slow tokenizer ({type(tokenizer).__name__}), which does not report the position of a token "
-            "in the text, so questions and answers cannot be located. Load the fast one (`use_fast=True`)."
-        )
-    if not tokenizer.pad_token:
-        raise UserError(
-            f"The tokenizer of {name} has no pad token, so batches cannot be padded. Set one and save the processor, "
-            "for example `processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
-        )
-    if not tokenizer.eos_token:
-        raise UserError(
-            f"The tokenizer of {name} has no end-of-sequence token, so a turn could not end. Set "
-            "`processor.tokenizer.eos_token` and save the processor."
-        )
-    if not (processor.chat_template or tokenizer.chat_template):
-        raise UserError(
-            f"{name} has no chat template. Set `processor.chat_template` to that of an instruction-tuned model of the "
-            "same family and save the processor."
-        )
+def _check_processor(processor: "ProcessorMixin") -> None:
+    tokenizer = tokenizer_of(processor)
+    needed = {
+        "a fast tokenizer, which reports the position of a token in the text (use_fast=True)": tokenizer.is_fast,
+        "a pad token (for example tokenizer.pad_token = tokenizer.eos_token)": tokenizer.pad_token,
+        "an end-of-sequence token (tokenizer.eos_token)": tokenizer.eos_token,
+        "a chat template (that of an instruction-tuned model of its family)": _template_of(processor),
+    }
+    if missing := [what for what, value in needed.items() if not value]:
+        raise UserError(f"{type(processor).__name__} lacks {'; '.join(missing)}. Set it and save the processor.")
 
 
 def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
@@ -137,8 +126,7 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
             other role.
     """
     check_choice("vusr_role", role, VUSR_ROLES)
-    tokenizer = tokenizer_of(processor)
-    template = processor.chat_template or tokenizer.chat_template
+    tokenizer, template = tokenizer_of(processor), _template_of(processor)
     saved = saved_role(template) or ("token" if VUSR in tokenizer.get_vocab() else None)
     if role in (None, saved) or (role == "token" and saved is None):
         return
@@ -150,8 +138,8 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
     rendered = ""
     if template:
         processor.chat_template = template
-        form, turns = turn_format(processor).content_form, (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
-        messages = [{"role": name, "content": in_form([text_part(text)], form, processor)} for name, text in turns]
+        turns = (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
+        messages = [{"role": name, "content": [text_part(text)]} for name, text in turns]
         rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     if not _VICUNA_TURNS.search(rendered):
         raise UserError(
@@ -162,27 +150,18 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
     _set_template(processor, vicuna_template(text_role=True, write_bos=writes_bos))
 
 
-# Kept outside the processor because `save_pretrained` writes a processor's attributes.
-_FACTS: "weakref.WeakKeyDictionary[ProcessorMixin, dict]" = weakref.WeakKeyDictionary()
-
-
-def _once_per_template(compute: "Callable[[ProcessorMixin], _T]") -> "Callable[[ProcessorMixin], _T]":
-    """Cache something about a processor until its chat template or vocabulary changes."""
-
-    @wraps(compute)
-    def known(processor: "ProcessorMixin") -> _T:
-        facts = _FACTS.setdefault(processor, {})
-        key = (compute.__name__, str(processor.chat_template), len(tokenizer_of(processor)))
-        if key not in facts:
-            facts[key] = compute(processor)
-        return facts[key]
-
-    return known
-
-
-@_once_per_template
 def turn_format(processor: "ProcessorMixin") -> TurnFormat:
-    """Return how the processor's chat template writes turns. Determined once per template."""
+    """Return how the processor's chat template writes turns. Determined once per template and vocabulary."""
+    return _turn_format(*_state_of(processor))
+
+
+def _state_of(processor: "ProcessorMixin") -> tuple["ProcessorMixin", str, int]:
+    """Return what decides on turns and control tokens: the processor, its template, its number of tokens."""
+    return processor, processor.chat_template or "", len(tokenizer_of(processor))
+
+
+@lru_cache(maxsize=16)
+def _turn_format(processor: "ProcessorMixin", template: str, vocabulary_size: int) -> TurnFormat:
     tokens = tokenizer_of(processor).added_tokens_decoder.values()
     special = [token.content for token in tokens if token.special and token.content != VUSR]
     return probe_turns(processor.apply_chat_template, special)
@@ -219,7 +198,8 @@ def neutralise(text: str, processor: "ProcessorMixin") -> str:
             Processor whose special tokens, image placeholders and template markers must not appear.
     """
     bare = text.replace(LEFT, "").replace(RIGHT, "")
-    return _control_pattern(processor).sub(lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare)
+    pattern = _control_pattern(*_state_of(processor))
+    return pattern.sub(lambda match: match[0][0] + ZERO_WIDTH_NON_JOINER + match[0][1:], bare)
 
 
 def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> list[str]:
@@ -234,11 +214,9 @@ def neutralise_parts(texts: list[str], processor: "ProcessorMixin") -> list[str]
     return safe
 
 
-@_once_per_template
-def _control_pattern(processor: "ProcessorMixin") -> re.Pattern:
+@lru_cache(maxsize=16)
+def _control_pattern(processor: "ProcessorMixin", template: str, vocabulary_size: int) -> re.Pattern:
     tokenizer = tokenizer_of(processor)
-    template = processor.chat_template or ""
-    template = "".join(template.values()) if isinstance(template, dict) else template
     tokens = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
@@ -315,7 +293,6 @@ def render_conversation(
     Raises:
         UserError: if the chat template drops or repeats a turn.
     """
-    content_form = turn_format(processor).content_form
     marked, targets = [], []
     for index, message in enumerate(messages):
         parts = typed_parts(message["content"])
@@ -325,7 +302,7 @@ def render_conversation(
         else:
             texts = iter(neutralise_parts([part["text"] for part in parts if part["type"] == "text"], processor))
             parts = [{**part, "text": next(texts)} if part["type"] == "text" else part for part in parts]
-        marked.append({"role": message["role"], "content": in_form(parts, content_form, processor)})
+        marked.append({"role": message["role"], "content": parts})
 
     pieces = re.split(f"[{LEFT}{RIGHT}]", processor.apply_chat_template(marked, tokenize=False))
     if len(pieces) != 2 * len(targets) + 1:
@@ -360,11 +337,3 @@ def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin")
         spans.append(Span(start, len(text) + len(body) + len(end), is_question))
         text += body + rest
     return text, spans
-
-
-def in_form(parts: list[dict[str, Any]], content_form: str, processor: "ProcessorMixin") -> str | list[dict[str, Any]]:
-    """Convert typed parts to the content form of a template, see [`TurnFormat`]."""
-    if content_form != "string":
-        return parts
-    image = f"{getattr(processor, 'image_token', '')}\n"
-    return "".join(part["text"] if part["type"] == "text" else image for part in parts)

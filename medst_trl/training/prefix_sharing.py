@@ -216,8 +216,6 @@ def cannot_share(model: PreTrainedModel) -> str | None:
         return f"its layers of type {', '.join(sorted(unknown))} would mix the two answers"
     if getattr(config, "cross_attention_layers", None):
         return "its images are read by cross-attention"
-    if family_of(model.config.model_type).shares_prefix is False:
-        return f"models of the type {model.config.model_type} read each answer with its own prompt"
     return None
 
 

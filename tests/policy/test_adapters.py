@@ -134,7 +134,7 @@ def adapter(tmp_path):
 @pytest.mark.parametrize(
     ("size", "problem"),
     [
-        ({"text_size": 64}, r"size mismatch for .*\n.*\n.*\n.*and \d+ more"),
+        ({"text_size": 64}, r"size mismatch for .*\n.*\n.*\nPass"),
         ({"text_layers": 3}, r"it lacks .*language_model\.layers\.2\."),
         ({"text_layers": 1}, r"no place for .*language_model\.layers\.1\."),
     ],
@@ -198,7 +198,6 @@ def test_weights_that_are_not_readable_safetensors_are_refused(adapter):
             '{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "x"}',
             "not a LoRA adapter but of the type PREFIX_TUNING",
         ),
-        ('{"peft_type": "LORA", "base_model_name_or_path": 3}', "names 3 as its base"),
         ('{"peft_type": "LORA"}', "names no base"),
     ],
 )

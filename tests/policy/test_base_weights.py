@@ -86,7 +86,6 @@ def test_a_given_base_must_have_the_same_weights(adapter, tmp_path, caplog):
         load_policy(str(adapter), base_model_name_or_path=other)
     (adapter / BASE_FILE).write_text("{")  # treated as missing
     assert load_policy(str(adapter), base_model_name_or_path=other)
-    assert f"Cannot verify that {other!r} is the base" in caplog.text
 
 
 def test_a_base_above_the_adapter_is_recognized_by_its_fingerprint(tmp_path, monkeypatch):

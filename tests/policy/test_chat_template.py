@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR, saved_role, wrap_chat_template
 from medst_trl.policy.vusr import add_vusr, turn_format
 
@@ -60,18 +61,21 @@ def test_text_that_contains_the_token_is_not_a_bare_turn():
 def test_wrapping_twice_changes_nothing():
     once = wrap_chat_template("{{ messages }}\n")
     assert saved_role(once) == "token" and wrap_chat_template(once) == once
-    assert saved_role("{{ messages }}") is None and saved_role(None) is None and saved_role({}) is None
-    assert saved_role(wrap_chat_template({"default": "{{ messages }}", "rag": "x"})) == "token"
+    assert saved_role("{{ messages }}") is None and saved_role(None) is None
 
 
-def test_templates_for_string_content_receive_strings():
-    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+def test_the_default_of_several_templates_is_wrapped():
     processor = FAMILIES["vicuna"]()
-    processor.chat_template = template
+    processor.chat_template = {"default": processor.chat_template, "rag": "x"}
     add_vusr(processor)
-    assert turn_format(processor).content_form == "string"
-    bare = [{"role": "user", "content": f"<image>\n{VUSR}"}]
-    assert processor.apply_chat_template(bare) == f"[user]<image>\n{VUSR}"
+    assert processor.chat_template == prepared_processor("vicuna").chat_template
+
+
+def test_a_template_for_string_content_is_refused():
+    processor = FAMILIES["vicuna"]()
+    processor.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="list of typed parts"):
+        add_vusr(processor)
 
 
 @pytest.mark.parametrize("family", ["vicuna", "llava-1.5-hf", "gemma-3", "idefics3"])

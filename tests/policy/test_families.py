@@ -19,7 +19,7 @@ PLUGIN = """
 from medst_trl.policy.families import FAMILIES, Family
 
 FAMILIES.register(Family(
-    "toy", "Toy VLM", ("aya_vision",), packs_with=frozenset({"cohere2"}), shares_prompts=True, shares_prefix=False,
+    "toy", "Toy VLM", ("aya_vision",), packs_with=frozenset({"cohere2"}), shares_prompts=True,
 ))
 """
 SCRIPT = """
@@ -30,11 +30,10 @@ from medst_trl.base.errors import UserError
 from medst_trl.engines.decoding import shares_prompts
 from medst_trl.policy.families import check_family
 from medst_trl.training.packing import packing_cost
-from medst_trl.training.prefix_sharing import cannot_share
 
 model = SimpleNamespace(config=AyaVisionConfig(), generation_config=GenerationConfig())
 model.config.text_config._attn_implementation = "sdpa"
-print(packing_cost(model)[0] is not None, shares_prompts(model), cannot_share(model))
+print(packing_cost(model)[0] is not None, shares_prompts(model))
 try:
     check_family(model.config.text_config, "mine")
 except UserError as error:
@@ -46,7 +45,7 @@ def table_row(family: Family) -> str:
     cells = (
         family.title,
         ", ".join(family.model_types),
-        "read separately" if family.shares_prefix is False else "exact",
+        "read separately" if family.limits == "cross-attention" else "exact",
         "exact" if family.packs_with else "grouped by length",
         "exact" if family.shares_prompts else "read separately",
         family.limits,
@@ -68,7 +67,7 @@ def test_every_module_uses_a_family_from_a_plugin(tmp_path):
         [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=environment, check=True
     )
     decisions, message = result.stdout.splitlines()
-    assert decisions == "True True models of the type aya_vision read each answer with its own prompt"
+    assert decisions == "True True"
     assert "SmolVLM; Toy VLM." in message
 
 
@@ -80,8 +79,8 @@ def test_a_plugin_can_replace_a_built_in_family(monkeypatch):
 
 def test_an_unknown_model_type_gets_conservative_defaults():
     unknown = family_of("another")
-    assert (unknown.packs_with, unknown.shares_prompts, unknown.shares_prefix) == (frozenset(), False, None)
-    assert unknown.causal and not (unknown.text_role or unknown.is_own)
+    assert (unknown.packs_with, unknown.shares_prompts) == (frozenset(), False)
+    assert unknown.causal and not unknown.is_own
 
 
 def test_a_family_without_a_title_is_refused():

@@ -114,22 +114,13 @@ def test_a_config_that_transformers_refuses_is_reduced_to_what_is_used(directory
         ("eos_token_id", "</s>"),
         ("eos_token_id", 2.0),
         ("eos_token_id", [2, None]),
-        ("bos_token_id", "1"),
-        ("bos_token_id", [1, "2"]),
         ("pad_token_id", "3"),
         ("pad_token_id", [3]),
         ("suppress_tokens", "x"),
-        ("suppress_tokens", 5),
-        ("bad_words_ids", [5]),
-        ("bad_words_ids", [[5000]]),
-        ("sequence_bias", {"(5,)": 1.0}),
-        ("sequence_bias", [[[5000], 1.0]]),
-        ("stop_strings", [5]),
-        ("stop_strings", 5),
     ],
 )
-def test_a_used_setting_that_is_invalid_is_refused(directory, name, value):
-    with pytest.raises(UserError, match=f"generation_config.json of .* cannot be used .*Correct or remove .*{name}"):
+def test_a_token_that_is_not_a_number_is_refused(directory, name, value):
+    with pytest.raises(UserError, match="generation_config.json of .* cannot be used .*Correct or remove the file"):
         load(directory, **{name: value})
 
 
@@ -160,14 +151,3 @@ def test_settings_in_the_configuration_of_the_model_count_as_well(directory, tmp
             assert saved(policy[0], tmp_path).do_sample
     finally:
         (directory / "config.json").write_text(json.dumps(config))
-
-
-def test_ignored_settings_that_would_change_a_text_are_named(directory, caplog):
-    changes = {"repetition_penalty": 1.5, "num_beams": 2, "no_repeat_ngram_size": 3, "forced_eos_token_id": 2}
-    without = {"temperature": 0.3, "do_sample": True, "max_length": 99, "use_cache": False, "chat_format": "raw"}
-    load(directory, **changes, **without, stop_strings=["#"], repetition_penalty_=1)
-    (message,) = caplog.messages
-    assert "generation_config.json" in message and message.endswith(f" not used: {', '.join(sorted(changes))}.")
-    caplog.clear()
-    load(directory, **without, num_beams=1, repetition_penalty=1.0, transformers_version="4.30.0")
-    assert not caplog.messages

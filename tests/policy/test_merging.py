@@ -3,6 +3,7 @@
 """A merged model equals the adapter on its base and loads without PEFT; a wrong merge is refused."""
 
 import json
+import math
 import os
 from functools import partial
 
@@ -175,6 +176,7 @@ def test_weights_that_change_when_saved_are_refused(tmp_path, monkeypatch, dtype
 def test_nan_is_a_difference():
     zeros, one = torch.zeros(2, 3), torch.full((2, 3), 0.5)
     broken = torch.tensor([[0.0, float("nan"), 0.0]])
+    assert math.isnan(difference([zeros, one], [one, zeros[:1]]))
     assert difference([zeros, one], [zeros, zeros]) == 0.5
     for actual in ([zeros, broken], [broken, zeros]):
         with pytest.raises(UserError, match="differ by up to nan"):
@@ -199,7 +201,7 @@ def test_a_processor_that_changes_when_saved_is_refused(tmp_path, monkeypatch):
         return model, processor
 
     monkeypatch.setattr(merging, "_load_plainly", load_changed_processor)
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match="loaded from disk.* does not agree"):
         merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
@@ -230,17 +232,6 @@ def test_a_model_without_an_adapter_is_refused(tmp_path):
     save_adapter(tmp_path)
     with pytest.raises(UserError, match="no adapter to merge"):
         merge_policy(str(tmp_path / "base"), tmp_path / "merged", drawn_examples())
-
-
-def test_a_quantized_base_is_refused(tmp_path, monkeypatch):
-    adapter, merged = save_adapter(tmp_path)
-    loaded = load_policy(adapter, dtype="float32")
-    monkeypatch.setattr(merging, "load_policy", lambda *args, **kwargs: loaded)  # bitsandbytes is not installed
-    config = tmp_path / "base" / "config.json"
-    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
-    with pytest.raises(UserError, match="quantized.*base_model_name_or_path"):
-        merge_policy(adapter, merged, drawn_examples())
 
 
 def test_a_base_of_another_type_is_refused(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
 
 def default_role(config: LlavaConfig, has_vision_lora: bool) -> str:
     """Return how a checkpoint was trained to ask: with the text role or with the token."""
-    return "text" if family_of(config.model_type).text_role or has_vision_lora else "token"
+    return "text" if family_of(config.model_type).is_own or has_vision_lora else "token"
 
 
 def _write_weights(staging: Path, model: PreTrainedModel, parts: Parts, max_shard_size: str) -> None:
