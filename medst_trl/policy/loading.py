@@ -171,7 +171,8 @@ def read_model_config(name_or_path: str, *, trust_remote_code: bool, **hub: Any)
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
     kind = "" if Path(name_or_path).is_dir() else ", which is not a directory here"
-    return UserError(f"No {what} could be loaded from {name_or_path!r}{kind}: {type(error).__name__}: {error}")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return UserError(f"No {what} could be loaded from {name_or_path!r}{kind}: {reason}")
 
 
 def _load_processor(name_or_path: str, kwargs: dict[str, Any], auto_class: type = AutoProcessor) -> Any:
