@@ -59,8 +59,8 @@ class Batch:
         return self.per_device * self.accumulation * self.processes
 
     def text(self, examples: str) -> str:
-        """Describe how a step is divided: `128 conversations per step: 8 x 4 processes x 4 accumulated.`"""
+        """Describe how a step is divided: `128 conversations per step: 8 x 4 processes x 4 accumulated`"""
         return (
             f"{self.effective} {examples} per step: {self.per_device} x {number_of(self.processes, 'process')} x "
-            f"{self.accumulation} accumulated."
+            f"{self.accumulation} accumulated"
         )

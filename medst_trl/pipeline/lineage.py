@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,8 +221,7 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
     if what == "model" and (place or "hub_id" in source):
         raise LookupError("the record of its training is missing or damaged")
     if place is None:
-        is_here = os.path.exists(source.get("path", ""))
-        raise LookupError(f"the {what} {'has changed since the training' if is_here else 'is not on this machine'}")
+        raise LookupError(f"the {what} is not on this machine as it was in training")
     split, *for_evaluation = source["splits"]
     datasets = [load_records(place, split)]
     for split in for_evaluation:
@@ -231,6 +231,22 @@ def _read(source: Mapping[str, Any], near: Path) -> "tuple[Path, list[Dataset]]"
 
 
 # What a benchmark shares with it
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """
+    A dataset that a model was trained on, or a model before it whose own training is unknown.
+
+    Args:
+        entry (`dict`): Its entry in [`trained_on`], with the number of its `images`; None if that is unknown.
+        inventory ([`~medst_trl.data.overlap.Inventory`]): What was read of it.
+        problem (`str`, *optional*): Why it was not read.
+    """
+
+    entry: dict[str, Any]
+    inventory: Inventory
+    problem: str | None
 
 
 def read_inventory(
@@ -268,43 +284,43 @@ def check_contamination(model: str | None, benchmarks: "Sequence[tuple[Path, Dat
         tested, compared = read_inventory(place, [benchmark] if sources else []), []
         plain = None if any(tested.hashes.values()) else "all images of the benchmark are too plain"
         why_not_near = plain if bits else "near_copy_bits is 0"
-        for entry, inventory, reason in sources:
-            reasons = dict.fromkeys(FIGURES, reason) | ({"exact": None} if is_complete else {})
-            reasons["near"] = reason or why_not_near
-            reasons["groups"] = reason or why_groups_not_compared(tested, inventory)
+        for source in sources:
+            reasons = dict.fromkeys(FIGURES, source.problem) | ({"exact": None} if is_complete else {})
+            reasons["near"] = source.problem or why_not_near
+            reasons["groups"] = source.problem or why_groups_not_compared(tested, source.inventory)
             reasons["questions"] = reasons["near"] or (reasons["groups"] if tested.salts else None)
-            compared.append(entry | {"not_checked": {name: reason for name, reason in reasons.items() if reason}})
-        figures: dict[str, Any] = count_shared(tested, [inventory for _, inventory, _ in sources], ids, bits)
+            reasons = {name: reason for name, reason in reasons.items() if reason}
+            compared.append(source.entry | {"not_checked": reasons})
+        figures: dict[str, Any] = count_shared(tested, [source.inventory for source in sources], ids, bits)
         for name, figure in figures.items():
             if all(name in one["not_checked"] for one in compared) and not (name == "exact" and ids):
                 figure["n"] = figure["n"] or None
         yield {"figures": figures, "compared": compared, "near_copy_bits": bits}
 
 
-def _training_data(
-    model: str | Path, is_hashed: bool = True
-) -> tuple[set[str], bool, list[tuple[dict[str, Any], Inventory, str | None]]]:
+def _training_data(model: str | Path, is_hashed: bool = True) -> tuple[set[str], bool, list[TrainingSource]]:
     """
-    Return the known ids of the images that a model was trained on; whether these are all; and for each source its
-    entry, its inventory (with near hashes if `is_hashed`), and why it was not read.
+    Return the known ids of the images that a model was trained on, whether these are all, and where they are from,
+    with near hashes if `is_hashed`.
     """
     carried = _carried_images(fingerprint(model))
     ids, is_complete = carried or (set(), True)
     only, found, seen = ids if carried and is_complete else None, [], set()
     for source in trained_on(model):
-        inventory, reason = Inventory(), None
+        inventory, problem = Inventory(), None
         try:
             inventory = read_inventory(*_read(source, Path(model)), only, is_hashed)
             images = set(inventory.questions)
         except Exception as error:  # of a damaged file, for example; its message may have a path, which no card shows
-            reason = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
-            # A model can have a list; of a dataset that was not read, no image is known.
-            images, is_known = (not source["stage"] and _carried_images(source)) or (None, False)
+            problem = str(error) if type(error) is LookupError else f"unreadable dataset, {type(error).__name__}"
+            listed = None if source["stage"] else _carried_images(source)  # a dataset has no list of its images
+            images, is_known = listed or (None, False)
             is_complete = is_complete and (is_known or carried is not None)
             seen |= ids  # each of them can be in this source
         seen |= images or set()
-        found.append(({**source, "images": None if images is None else len(images)}, inventory, reason))
+        entry = {**source, "images": None if images is None else len(images)}
+        found.append(TrainingSource(entry, inventory, problem))
     if rest := ids - seen:  # image files of a dataset have been replaced, or a record is damaged
         entry = {**fingerprint(model), "stage": None, "images": len(rest)}
-        found.append((entry, Inventory(), "no dataset on this machine contains them"))
+        found.append(TrainingSource(entry, Inventory(), "no dataset on this machine contains them"))
     return ids | seen, is_complete, found

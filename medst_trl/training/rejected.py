@@ -91,6 +91,10 @@ def usable_examples(
             reasons[place] = str(example.get("id") or place), error.reason
             problem = problem or getattr(error, "value", str(error))  # names a missing file
             continue
+        except ValueError as error:  # a training stage takes it for one about its settings
+            raise RuntimeError(
+                f"Record {example.get('id') or place!r} of {name} cannot be checked: {error}"
+            ) from error
         lengths[place] = length
         truncated += is_truncated
         if is_stream:

@@ -328,7 +328,7 @@ def test_what_cannot_be_read_any_more_is_not_checked(evaluated, has_list):
     found = checked(evaluated)
     assert numbers(found) == [1 if has_list else None, None, None, None, None]
     reasons = [one["not_checked"]["near"] for one in found["compared"]]
-    assert reasons == ["the dataset is not on this machine", "the dataset has changed since the training"]
+    assert reasons == ["the dataset is not on this machine as it was in training"] * 2
     assert all(("exact" in one["not_checked"]) != has_list for one in found["compared"])
 
 
@@ -363,7 +363,7 @@ def test_a_json_file_whose_images_were_replaced_has_changed(evaluated):
     assert checked(evaluated)["figures"]["near"] == {"n": 1, "of": 4}
     picture(7).save(evaluated / "1.png")
     [one] = checked(evaluated)["compared"]
-    assert one["not_checked"]["near"] == "the dataset has changed since the training"
+    assert one["not_checked"]["near"] == "the dataset is not on this machine as it was in training"
 
 
 def train(directory: Path, model: Path, *datasets: Path, version: str = "now") -> Path:
@@ -445,7 +445,7 @@ def test_a_model_of_another_run_is_not_looked_for_under_the_name_of_this_one(eva
     assert near_copies(evaluated, model) == ((1, True) if version == "now" else (0, False))
     if version != "now":
         [*_, first] = checked(evaluated, model)["compared"]
-        assert first["not_checked"]["near"] == "the model is not on this machine"
+        assert first["not_checked"]["near"] == "the model is not on this machine as it was in training"
 
 
 @VERSIONS

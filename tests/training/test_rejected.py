@@ -19,6 +19,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
 from medst_trl.training.encoding import IGNORED
 from medst_trl.training.preference_collator import DataCollatorForMultimodalPreference, usable_pairs
+from medst_trl.training.rejected import usable_examples
 
 
 SHORT, LONG = "It is dark.", "It is " + "very " * 150 + "dark."
@@ -226,3 +227,11 @@ def test_a_missing_image_is_named(collator):
     rows = [conversation(0, SHORT) | {"images": [{"bytes": None, "path": "none/scan_7.png"}]}]
     with pytest.raises(UserError, match=r"1 unreadable_image .*none/scan_7\.png"):
         usable_conversations(rows, collator)
+
+
+def test_an_error_of_a_processor_is_not_one_about_the_settings():
+    def check(example):
+        raise ValueError("broken")
+
+    with pytest.raises(RuntimeError, match="Record 'r0' of train cannot be checked: broken"):
+        usable_examples(Dataset.from_list([{"id": "r0", "images": []}]), check, None)

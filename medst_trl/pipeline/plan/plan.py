@@ -27,16 +27,7 @@ from medst_trl.training.settings import check_sharding
 
 from .memory import DEFAULT_LENGTH, GIB, training_memory
 from .policies import NotKnownYet, Policy, policy_of
-from .steps import (
-    RecipeCounts,
-    check_inputs,
-    check_processor,
-    hardware_of,
-    maker_of,
-    schedule,
-    stage_arguments,
-    training_examples,
-)
+from .steps import RecipeCounts, check_inputs, hardware_of, maker_of, schedule, stage_arguments, training_examples
 
 
 _Row = tuple[str, str]  # a label and a text; rows of the same label are shown as one
@@ -118,7 +109,6 @@ class _Plan:
         place, sources = [other.label for other in self.steps].index(step.label), []
         with self.problems.collect():
             sources = check_inputs(step, self.steps[:place], self.steps[place:], self.chosen)
-            check_processor(step)
         with self.problems.collect():
             hardware = hardware_of(step)
             arguments = stage_arguments(step, on_gpu=hardware.on_gpu)
@@ -173,9 +163,7 @@ class _Plan:
                 memory = _memory(policy, arguments, batch, hardware)
         if hasattr(training, "beta"):
             yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}"
-        accumulated = f"{batch.accumulation} accumulated x " if batch.accumulation > 1 else ""
-        divided = f"{batch.per_device} per {hardware.device} x {accumulated}{hardware.devices}"
-        yield "batch", f"{divided} = {batch.effective}"
+        yield "batch", batch.text(step.stage.trains)
         examples = training_examples(args, self.steps, training.seed)
         yield "data", examples.of(step.stage.trains)
         _, steps = schedule(examples, batch, training.num_train_epochs, training.max_steps)

@@ -86,29 +86,9 @@ def missing_packages(step: Step) -> list[str]:
 # Inputs
 
 
-def check_processor(step: Step) -> None:
-    """
-    Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights.
-
-    Args:
-        step ([`~medst_trl.pipeline.recipe.Step`]):
-            A step.
-    """
-    from medst_trl.policy.adapters import read_adapter_config
-    from medst_trl.policy.loading import load_processor
-
-    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
-    name, base, trusts = map(step.settings.get, names)
-    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
-        with located(f"{step.where}: model_name_or_path"):
-            adapter = read_adapter_config(name, None)
-            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
-                load_processor(name, base, None, bool(trusts))
-
-
 def check_inputs(step: Step, before: Sequence[Step], after: Sequence[Step], planned: Collection[str]) -> list[str]:
     """
-    Check that the inputs of a step exist or can exist.
+    Check that the inputs of a step exist or can exist, and that a policy on this machine has a usable processor.
 
     Args:
         step ([`~medst_trl.pipeline.recipe.Step`]):
@@ -122,7 +102,7 @@ def check_inputs(step: Step, before: Sequence[Step], after: Sequence[Step], plan
         `list[str]`: Where the inputs come from.
 
     Raises:
-        UserError: for each input that is missing or of another kind.
+        UserError: for each input that is missing or of another kind, and for a processor that its model cannot use.
     """
     sources, problems, settings = [], Problems(), step.settings
     registries = step.stage.registries.items()
@@ -136,6 +116,7 @@ def check_inputs(step: Step, before: Sequence[Step], after: Sequence[Step], plan
                 is_missing = source in others and not Path(value).exists()
                 sources.append(f"{source} (not on disk yet: run it first)" if is_missing else source)
     problems.report()
+    _check_processor(step)
     return list(dict.fromkeys(sources))
 
 
@@ -169,6 +150,20 @@ def _check_on_disk(item: Input, path: Path, split: str) -> None:
         return
     with located(str(path)):
         check_missing(columns_and_rows(path, split, item.kind)[0], item.kind)
+
+
+def _check_processor(step: Step) -> None:
+    """Refuse a policy on this machine whose processor cannot be used, as its stage does before it loads weights."""
+    from medst_trl.policy.adapters import read_adapter_config
+    from medst_trl.policy.loading import load_processor
+
+    names = ("model_name_or_path", "base_model_name_or_path", "trust_remote_code")
+    name, base, trusts = map(step.settings.get, names)
+    if name and any(Path(name).glob("tokenizer*")) and loads_model(step.settings):
+        with located(f"{step.where}: model_name_or_path"):
+            adapter = read_adapter_config(name, None)
+            if Path(base or (adapter.base_model_name_or_path if adapter else name) or "").is_dir():
+                load_processor(name, base, None, bool(trusts))
 
 
 # Hardware

@@ -167,10 +167,8 @@ class TrainingStageArguments(ABC):
 
         given = vars(training_args) | vars(self)
         settings = SimpleNamespace(**dict.fromkeys(_AT_LEAST) | given)
-        check_bounds(settings, at_least=_AT_LEAST, at_most=_AT_MOST, below={"label_smoothing": 0.5})
-        epochs = given.get("num_train_epochs", 1)
-        if not 0 < epochs < inf and given.get("max_steps", -1) <= 0:
-            raise UserError(f"num_train_epochs is {epochs}. It must be above 0, unless max_steps is set.")
+        above, below = {"num_train_epochs": 0}, {"label_smoothing": 0.5}
+        check_bounds(settings, at_least=_AT_LEAST, above=above, at_most=_AT_MOST, below=below)
         _check_weights(self.dataset_weights, self.dataset, self.oversample)
         checkpoint = training_args.resume_from_checkpoint
         if self.overwrite and str(checkpoint or "false").lower() != "false":
@@ -287,7 +285,7 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
             print("No checkpoint is used. Training starts at the first step.")
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
-        trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}")
+        trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)

@@ -68,7 +68,7 @@ def test_the_plan_describes_each_step(recipe, tmp_path, capsys):
     rates = {tuple(line.split()[:1]): line.split()[-1] for line in sft["trains"][:-1]}
     assert rates == {("language",): "0.0002", ("vision",): "5e-05", ("projector",): "2e-05"}
     assert "LoRA r 128" in sft["trains"][0] and f"{128 * (4 * 8192 + 3 * 15104):,}" in sft["trains"][0]
-    assert sft["batch"] == ["8 per GPU x 4 accumulated x 4 GPUs = 128"]
+    assert sft["batch"] == ["128 conversations per step: 8 x 4 processes x 4 accumulated"]
     assert sft["reads"] == ["llava, some-org/conversations (Hub)"] and dpo["reads"] == ["sft, judge"]
     assert sft["data"] == ["at most 1,280 conversations"]
     assert sft["steps"][0].startswith("at most 10: 1 epoch of 10")
@@ -80,14 +80,14 @@ def test_the_plan_describes_each_step(recipe, tmp_path, capsys):
     assert judge["uploads"] == ["my-org/pairs, PUBLIC"] and dpo["uploads"] == ["my-org/aligned, private"]
     assert dpo["model"] == [f"out/sft on {sft['model'][0]}"]
     assert dpo["data"] == ["at most 200 pairs"] and dpo["steps"][0].startswith("at most 3: 3 epochs of 1")
-    assert dpo["batch"] == ["8 per GPU x 8 accumulated x 4 GPUs = 256"] and dpo["loss"] == ["sigmoid, beta 0.1"]
-    assert "reference" in dpo["memory"][1]
+    assert dpo["batch"] == ["256 pairs per step: 8 x 4 processes x 8 accumulated"]
+    assert dpo["loss"] == ["sigmoid, beta 0.1"] and "reference" in dpo["memory"][1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_plan_depends_on_the_config_and_the_number_of_processes(recipe, capsys):
     found = plan(capsys, recipe, "--stage", "sft", "--accelerate_config", "fsdp2", "--num_processes", "8")
-    assert found["sft"]["batch"] == ["8 per GPU x 2 accumulated x 8 GPUs = 128"]
+    assert found["sft"]["batch"] == ["128 conversations per step: 8 x 8 processes x 2 accumulated"]
     assert "gathered weights" in found["sft"]["memory"][1] and list(found) == ["", "sft"]
 
 

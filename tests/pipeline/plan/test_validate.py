@@ -80,9 +80,9 @@ def test_a_valid_recipe_has_a_line_for_each_step(check):
 
 
 def test_the_batch_is_shown_for_the_given_number_of_processes(check):
-    for number, batch in ((1, "8 per GPU x 8 accumulated x 1 GPU"), (4, "8 per GPU x 2 accumulated x 4 GPUs")):
+    for number, batch in ((1, "8 x 1 process x 8 accumulated"), (4, "8 x 4 processes x 2 accumulated")):
         found = read_plan(check("--num_processes", str(number))[1])
-        assert found["sft"]["batch"] == [f"{batch} = 64"]
+        assert found["sft"]["batch"] == [f"64 conversations per step: {batch}"]
     code, out = check("--num_processes", "3")
     assert code == 2 and "section sft: effective_batch_size 64 is not a multiple of 24" in out
     assert "section dpo: effective_batch_size 32" in out  # every problem is reported
