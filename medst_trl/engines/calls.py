@@ -16,7 +16,7 @@ from .cost import Budget, Prices, RequestSize, prices_of
 from .responses import CallError
 
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, if the server names none
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
 
 
 @documented
@@ -146,7 +146,6 @@ def api_key(variable: str, base_url: str | None) -> str:
 
 
 def wait_before(attempt: int, retry_after: float | None) -> float:
-    """Return the seconds before a retry: what the server asks for, else doubling from half a second, with jitter."""
-    if retry_after is not None:
-        return retry_after + random.uniform(0, 0.1)
-    return min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
+    """Return the seconds before a retry: doubling from half a second, and at least what the server asks for."""
+    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
+    return max(wait, (retry_after or 0.0) * random.uniform(1, 1.02))

@@ -193,10 +193,8 @@ def row_of_body(body: Any, secret: str | None = None) -> dict[str, Any]:
 
 
 def _usage(body: Any) -> dict[str, int] | None:
-    names = ("prompt_tokens", "completion_tokens")
-    usage = body.get("usage") if isinstance(body, dict) else None
-    if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in names):
-        return {name: usage[name] for name in names}
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
+        return {name: int(body["usage"][name]) for name in ("prompt_tokens", "completion_tokens")}
     return None
 
 

@@ -143,7 +143,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
         args ([`JudgeArguments`]): Its arguments.
         *judges ([`LocalJudge`]): Settings of local judges.
     """
-    from medst_trl.selftrain.judge.batch import read_batch
+    from medst_trl.selftrain.judge.batch_api import read_batch
 
     check(args, *judges)
     for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
@@ -228,7 +228,7 @@ def _print_request(judge: "PairwiseJudge", candidates: "Dataset") -> None:
 
 def _write_batch(path: str, judge: "PairwiseJudge", candidates: "Dataset") -> None:
     """Write the input files of the Batch API, and print the next step."""
-    from medst_trl.selftrain.judge.batch import write_batch
+    from medst_trl.selftrain.judge.batch_api import write_batch
 
     print(f"judge: {judge.estimate(candidates)} (at the prices of live calls)")
     if files := write_batch(judge, candidates, path):

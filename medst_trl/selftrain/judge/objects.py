@@ -26,7 +26,8 @@ _REASONED = re.compile(
 # Names and values are compared in lower case without blanks and marks.
 _ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
-# Names with the group do not say which answer is meant: an index may count from 0, and a rank is no place.
+# Not empty. Names in the last group do not say which answer is meant: an index may start at 0, and a rank is not a
+# position.
 _IDENTIFIES = re.compile(rf"(?=.){NOUN}?(?:id|name|label|letter|number|no|key|(index|idx|rank|position|order))?|which")
 _VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
 _IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")

@@ -13,8 +13,8 @@ from random_images import random_image
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import features_of
 from medst_trl.engines.cost import CACHE_FILE, Prices
-from medst_trl.selftrain.judge import batch as batch_files
-from medst_trl.selftrain.judge.batch import read_batch, write_batch
+from medst_trl.selftrain.judge import batch_api
+from medst_trl.selftrain.judge.batch_api import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, warnings_of
 
@@ -394,7 +394,7 @@ def batch_results(paths, answer, statuses=None):
 
 
 def test_a_batch_gives_the_same_judgements_as_live_calls(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_files, "MAX_REQUESTS", 5)
+    monkeypatch.setattr(batch_api, "MAX_REQUESTS", 5)
     with JudgeServer() as server:
         live = list(judge_with(server)(candidates(7)))
         batch = PairwiseJudge("judge", cache_dir=tmp_path / "cache")
@@ -416,7 +416,7 @@ def test_a_batch_gives_the_same_judgements_as_live_calls(tmp_path, monkeypatch):
 
 
 def test_batch_errors_drop_their_pairs_or_are_requested_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_files, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(batch_api, "MAX_BYTES", 10_000)
     batch = PairwiseJudge("judge", prompt_version="paper", cache_dir=tmp_path / "cache")
     files = write_batch(batch, candidates(4), tmp_path / "requests.jsonl")
     everything = tmp_path / "all.jsonl"

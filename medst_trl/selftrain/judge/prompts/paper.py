@@ -34,9 +34,7 @@ score on a scale of 1 to 10, where a higher score indicates better overall perfo
 Please first output a single line containing only two values indicating the scores for Answer 1 and 2, respectively. \
 The two scores are separated by a space."""
 
-# In the names of square brackets, and of those that look like them. They become round by their category.
-_SQUARE = re.compile("SQUARE|TORTOISE|LENTICULAR")
-_ROUND = {"Ps": "(", "Pe": ")"}
+_SQUARE = re.compile("SQUARE|TORTOISE|LENTICULAR")  # in names of brackets that are square or look like it
 
 
 def paper_messages(question, answers, image_urls, history=(), captions=()) -> list[dict[str, Any]]:
@@ -62,9 +60,9 @@ def neutralise_marks(text: str) -> str:
 
 
 def _round(match: re.Match) -> str:
-    character = match[0]
-    is_square = _SQUARE.search(unicodedata.name(character, ""))
-    return _ROUND.get(unicodedata.category(character), character) if is_square else character
+    is_square = _SQUARE.search(unicodedata.name(match[0], ""))
+    round_brackets = {"Ps": "(", "Pe": ")"} if is_square else {}
+    return round_brackets.get(unicodedata.category(match[0]), match[0])
 
 
 JUDGE_PROMPTS.register(

@@ -6,9 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
-from itertools import groupby
-from operator import itemgetter
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ MAX_REQUESTS = 50_000  # OpenAI's limit per file
 MAX_BYTES = 190_000_000  # OpenAI's limit is 200 MB
 
 
-def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> list[Path]:
+def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping], path: str | os.PathLike) -> list[Path]:
     """
     Write the calls that are still to be made as input files of the Batch API.
 
@@ -43,27 +41,21 @@ def write_batch(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]], p
     Returns:
         `list[Path]`: the files; empty if no request is left: all have replies, or were refused.
     """
-    path, files = Path(path), []
+    path, files, requests, size = Path(path), [], 0, 0
     candidates = candidates if isinstance(candidates, Sized) else list(candidates)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, lines in groupby(_numbered(_lines(judge, candidates)), key=itemgetter(0)):
-        files.append(path.with_stem(f"{path.stem}-{number}") if number > 1 else path)
-        with atomic_path(files[-1]) as temporary, open(temporary, "wb") as file:
-            file.writelines(line for _, line in lines)
+    with ExitStack() as stack:
+        for line in _lines(judge, candidates):
+            if not files or requests == MAX_REQUESTS or size + len(line) > MAX_BYTES:
+                requests = size = 0
+                files.append(path.with_stem(f"{path.stem}-{len(files) + 1}") if files else path)
+                file = stack.enter_context(open(stack.enter_context(atomic_path(files[-1])), "wb"))
+            file.write(line)
+            requests, size = requests + 1, size + len(line)
     return files
 
 
-def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with the number of its file, from 1."""
-    number, requests, size = 1, 0, 0
-    for line in lines:
-        if requests == MAX_REQUESTS or (requests and size + len(line) > MAX_BYTES):
-            number, requests, size = number + 1, 0, 0
-        requests, size = requests + 1, size + len(line)
-        yield number, line
-
-
-def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping]) -> Iterator[bytes]:
     fields, refused = judge.batch_failures(candidates)
     seen = set(refused)
     for _, requests in judge.requests(candidates):

@@ -14,7 +14,7 @@ from judge_server import prefers_longer
 from random_images import random_image
 
 from medst_trl.base.errors import UserError
-from medst_trl.selftrain.judge.batch import read_batch, write_batch
+from medst_trl.selftrain.judge.batch_api import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 
 
