@@ -91,7 +91,7 @@ def adapter_config(
     """
     parts = model_parts(model)
     towers = ([parts.language_model] if r else []) + ([parts.vision_tower] if vision_r else [])
-    targets = _linear_layers(model, towers, parts.projectors) if towers else DUMMY_TARGET_MODULES
+    targets = _linear_layers(model, towers) if towers else DUMMY_TARGET_MODULES
     vision = rf"{re.escape(parts.vision_tower)}\..*"
     unused = [rf"{vision}layers?\.{layer}\..*" for layer in parts.unused_vision_layers if vision_r]
     return LoraConfig(
@@ -108,11 +108,12 @@ def adapter_config(
     )
 
 
-def _linear_layers(model: PreTrainedModel, towers: list[str], projectors: tuple[str, ...]) -> str:
+def _linear_layers(model: PreTrainedModel, towers: list[str]) -> str:
     """
     Return a regular expression that matches the names of the linear layers in `towers`, for any layer number.
 
     Only layers in a numbered stack count: SigLIP's pooling head is outside it, and no language model reads its output.
+    PEFT leaves out those of a projector, which is trained in full.
     """
     names = {
         re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
@@ -120,7 +121,6 @@ def _linear_layers(model: PreTrainedModel, towers: list[str], projectors: tuple[
         if isinstance(module, nn.Linear)
         and re.search(r"\.\d+\.", name)
         and any(name.startswith(f"{tower}.") for tower in towers)
-        and not any(f"{name}.".startswith(f"{projector}.") for projector in projectors)
     }
     return "|".join(sorted(names))
 
@@ -329,12 +329,11 @@ def weights_fingerprint(name_or_path: str, revision: str | None = None) -> str |
     config = find_model_file(name_or_path, "config.json", revision) if name_or_path else None  # "": built in memory
     if config is None or "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
         return None
-    files = {find_model_file(name_or_path, "model.safetensors", revision)}
-    index = find_model_file(name_or_path, "model.safetensors.index.json", revision)
-    if files == {None} and index is not None:
+    names, index = {"model.safetensors"}, config.with_name("model.safetensors.index.json")
+    if index.is_file() and not config.with_name("model.safetensors").is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = {find_model_file(name_or_path, name, revision) for name in names}
-    if None in files:
+    files = [config.with_name(name) for name in names]
+    if not all(file.is_file() for file in files):
         return None
     rows = {name: row for file in files for name, row in _middle_rows(file)}
     return hashlib.sha256(b"".join(f"{name}\0".encode() + rows[name] for name in sorted(rows))).hexdigest()

@@ -45,8 +45,6 @@ class Family:
             Name in messages and in docs/models.md.
         model_types (`tuple[str, ...]`):
             Values of `config.model_type`. If two families list one, the family that was registered last counts.
-        limits (`str`, *optional*, defaults to `"none known"`):
-            Limits, for docs/models.md.
         packs_with (`frozenset[str]`, *optional*):
             Types of the language models with which packed SFT batches equal padded ones.
         shares_prompts (`bool`, *optional*, defaults to `False`):
@@ -62,7 +60,6 @@ class Family:
     name: str
     title: str
     model_types: tuple[str, ...]
-    limits: str = "none known"
     packs_with: frozenset[str] = frozenset()
     shares_prompts: bool = False
     causal: bool = True
@@ -74,43 +71,28 @@ MAX_ASPECT_RATIO = 200  # Qwen-VL takes no more; LLaVA enlarges the shorter side
 FAMILIES: Registry[Family] = Registry("family", [__name__], ["title", "model_types"])
 
 _LLAMA = frozenset({"llama", "mistral"})
+_QWEN = frozenset({"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"})
 
 # Each of these completes every stage in tests/test_any_vlm.py.
 for _family in (
-    Family(
-        "gemma3",
-        "Gemma 3, MedGemma",
-        ("gemma3",),
-        # Its images attend both ways, under a mask that does not separate the documents of a row.
-        limits="images attend both ways: no packing",
-        shares_prompts=True,
-        causal=False,
-    ),
+    # Its images attend both ways, under a mask that does not separate the documents of a row.
+    Family("gemma3", "Gemma 3, MedGemma", ("gemma3",), shares_prompts=True, causal=False),
     Family("idefics3", "Idefics3", ("idefics3",), packs_with=_LLAMA, shares_prompts=True),
     # No packing: a batch does not say into how many tiles each image was cut, and tiles move with their conversation.
-    Family("internvl", "InternVL 3 and 3.5 (`-hf`)", ("internvl",), limits="extra `video`", shares_prompts=True),
+    Family("internvl", "InternVL 3 and 3.5 (`-hf`)", ("internvl",), shares_prompts=True),
     Family("llava", "LLaVA-1.5", ("llava",), packs_with=_LLAMA, shares_prompts=True),
     Family("llava_next", "LLaVA-NeXT", ("llava_next",), packs_with=_LLAMA, shares_prompts=True),
-    Family("mllama", "Llama 3.2-Vision", ("mllama",), limits="cross-attention"),
+    Family("mllama", "Llama 3.2-Vision", ("mllama",)),
     Family(
-        "prototype_llava",
-        "SQ-LLaVA, STLLaVA-Med (converted)",
-        ("prototype_llava",),
-        limits="needs `import medst_trl` to load; no vLLM or SGLang",
-        packs_with=_LLAMA,
-        shares_prompts=True,
-        is_own=True,
+        "prototype_llava", "SQ-LLaVA, STLLaVA-Med (converted)", ("prototype_llava",), packs_with=_LLAMA,
+        shares_prompts=True, is_own=True,
     ),
     Family(
-        "qwen_vl",
-        "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-        limits="extra `video`",
-        packs_with=frozenset({"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}),
+        "qwen_vl", "Qwen2-VL, Qwen2.5-VL, Qwen3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), packs_with=_QWEN,
         shares_prompts=True,
     ),
-    Family("smolvlm", "SmolVLM", ("smolvlm",), limits="extra `video`", packs_with=_LLAMA, shares_prompts=True),
-):
+    Family("smolvlm", "SmolVLM", ("smolvlm",), packs_with=_LLAMA, shares_prompts=True),
+):  # fmt: skip
     FAMILIES.register(_family)
 
 

@@ -16,7 +16,6 @@ removed: the template alone decides what surrounds them, and the text is tokeniz
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -240,8 +239,7 @@ class Span(NamedTuple):
     is_question: bool
 
 
-@dataclass(frozen=True)
-class RenderedConversation:
+class RenderedConversation(NamedTuple):
     """
     A conversation as the model reads it, before image placeholders are expanded.
 
@@ -310,7 +308,7 @@ def render_conversation(
             "The chat template drops or repeats a turn of a conversation with roles "
             f"{[message['role'] for message in messages]}, so its questions and answers cannot be located."
         )
-    return RenderedConversation(*_locate(pieces, targets, processor))
+    return _locate(pieces, targets, processor)
 
 
 def _marked(parts: list[dict[str, Any]], processor: "ProcessorMixin", is_question: bool) -> list[dict[str, Any]]:
@@ -323,8 +321,8 @@ def _marked(parts: list[dict[str, Any]], processor: "ProcessorMixin", is_questio
     return [*images, {"type": "text", "text": opening + LEFT + body.strip() + RIGHT + end}]
 
 
-def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin") -> tuple[str, list[Span]]:
-    """Return the text and its spans from the text split at the marks, and whether each target is a question."""
+def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin") -> RenderedConversation:
+    """Join the text that was split at the marks. `targets` tells for each target whether it is a question."""
     turns, eos = turn_format(processor), tokenizer_of(processor).eos_token
     ends = {True: turns.question_end or eos, False: turns.answer_end or eos}
     leads = {True: turns.question_lead, False: turns.answer_lead}
@@ -336,4 +334,4 @@ def _locate(pieces: list[str], targets: list[bool], processor: "ProcessorMixin")
         end = ends[is_question] if rest.startswith(ends[is_question]) else ""
         spans.append(Span(start, len(text) + len(body) + len(end), is_question))
         text += body + rest
-    return text, spans
+    return RenderedConversation(text, spans)

@@ -33,7 +33,7 @@ class ConvertArguments:
             How question turns start: text (VUSER:) or token (<vusr>, which needs training). Default: text for models
             with a prototype extractor or a ViT LoRA, which SQ-LLaVA and STLLaVA-Med have; otherwise token.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights: auto (the language model's), float32, bfloat16, float16.
+            Type of the weights: auto (the language model's), float32, bfloat16, float16, float64.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`):
             Maximum size of a weights file.
         overwrite (`bool`, *optional*, defaults to `False`):

@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaC
 from medst_trl.base.errors import UserError
 from medst_trl.base.hub_ids import check_reachable, split_revision
 from medst_trl.base.settings import check_choice
+from medst_trl.policy import DTYPES
 from medst_trl.policy.families import family_of, on_meta
 from medst_trl.policy.merging import check_shard_size, staged_model
 from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
@@ -30,7 +31,6 @@ from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, open
 
 _SMALL_FILES = ("*.json", "*.model")
 _NOT_READ = ("checkpoint-*/*", "global_step*/*", "runs/*", "*/optimizer.*", "optimizer.*")
-CONVERTED_DTYPES = ("auto", "float32", "bfloat16", "float16")
 VISION_LORA = "Vit-lora"  # the first implementation's name
 LANGUAGE_MODELS = ("llava", "llava_llama", "llama")  # the last as the base of a training output
 # Type of the projector in the original configuration, by type of the converted model.
@@ -59,7 +59,7 @@ def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
         UserError: if something is missing, damaged, of an unknown kind, holds code, or does not fit.
     """
     check_choice("vusr_role", args.vusr_role, VUSR_ROLES)
-    check_choice("dtype", args.dtype, CONVERTED_DTYPES)
+    check_choice("dtype", args.dtype, DTYPES)
     check_shard_size(args.max_shard_size)
     config, parts, processor, role = open_checkpoint(args)
     model, output_dir = on_meta(config), Path(args.output_dir)
@@ -201,11 +201,6 @@ def _base_directory(directory: Path, base: str | None) -> Path:
         named = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{directory} is a training output. Give the model it was trained from as --base (it names {named!r})."
-        )
-    if base is not None and not is_training_output:
-        raise UserError(
-            f"--base is for training outputs, and {directory} has no adapter_config.json. Convert a full model "
-            "without it."
         )
     return local_directory(base, "The base") if base is not None else directory
 

@@ -112,11 +112,6 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             tokenizer = _from_sentencepiece(directory)
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(
-            f"Reading {directory / found} needs the packages sentencepiece and protobuf: pip install "
-            '"medst_trl[convert]"'
-        ) from error
     except Exception as error:  # the tokenizers library raises plain ones on a damaged file
         raise UserError(f"The tokenizer in {directory} cannot be read: {type(error).__name__}: {error}") from error
     if None in (tokenizer.bos_token, tokenizer.eos_token):
