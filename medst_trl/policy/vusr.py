@@ -134,12 +134,11 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
             f"vusr_role is {role!r}, but this model was saved with the role {saved!r}, which its chat template "
             "decides. Leave vusr_role out, or start from the model it was trained from."
         )
-    rendered = ""
-    if template:
-        processor.chat_template = template
-        turns = (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
-        messages = [{"role": name, "content": [text_part(text)]} for name, text in turns]
-        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    _check_processor(processor)
+    processor.chat_template = template
+    turns = (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
+    messages = [{"role": name, "content": [text_part(text)]} for name, text in turns]
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     if not _VICUNA_TURNS.search(rendered):
         raise UserError(
             "vusr_role: text is for models with Vicuna's chat format (USER: ... ASSISTANT: ...), such as LLaVA-1.5, "

@@ -25,7 +25,7 @@ from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 
 from . import ConvertArguments
-from .processor import SPECIAL_IDS, TOKENIZER_FILES, build_processor, image_settings, read_tokenizer
+from .processor import SPECIAL_IDS, build_processor, image_settings, read_tokenizer
 from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, open_weights, published_name, read_json
 
 
@@ -147,7 +147,7 @@ def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaPr
     config = llava_config(original, vision, rows)
     parts.check(on_meta(config))
     role = args.vusr_role or default_role(config, has_lora)
-    has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = read_tokenizer(directory if has_tokenizer else base_directory)
     pad = original.get("image_aspect_ratio") == "pad"
     processor = build_processor(config, tokenizer, vision_directory, pad=pad, text_role=role == "text")

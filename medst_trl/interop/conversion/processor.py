@@ -17,7 +17,6 @@ from medst_trl.policy.vusr import add_special_token
 from .weights import read_json
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 IMAGE, PAD = "<image>", "<pad>"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROWS_MULTIPLE = 64  # of the embedding, for fast kernels and for tokens added later
@@ -99,21 +98,16 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: if there is none, or it is not Llama's.
     """
-    found = next((name for name in TOKENIZER_FILES if (directory / name).is_file()), None)
-    if found is None:
-        raise UserError(
-            f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy that of the language model there, "
-            "for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
-        )
     try:
-        if found == "tokenizer.json":
+        if (directory / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         else:
             tokenizer = _from_sentencepiece(directory)
-    except UserError:
-        raise
     except Exception as error:  # the tokenizers library raises plain ones on a damaged file
-        raise UserError(f"The tokenizer in {directory} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"The tokenizer in {directory} cannot be read ({type(error).__name__}: {error}). Copy that of the "
+            "language model there, for Vicuna tokenizer.model and tokenizer_config.json of lmsys/vicuna-7b-v1.5."
+        ) from error
     if None in (tokenizer.bos_token, tokenizer.eos_token):
         raise UserError(f"The tokenizer in {directory} names no bos_token or no eos_token (tokenizer_config.json).")
     add_special_token(tokenizer, IMAGE)
@@ -129,7 +123,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
     trainer = SentencePieceExtractor(str(directory / "tokenizer.model")).proto.trainer_spec
     if trainer.model_type != trainer.BPE:  # transformers would invent merges
-        raise UserError(f"tokenizer.model in {directory} is not a byte-pair model like Llama's. Add a tokenizer.json.")
+        raise ValueError("tokenizer.model is not a byte-pair model like Llama's. Add a tokenizer.json.")
     config = read_json(directory / "tokenizer_config.json")
     # What the slow tokenizer did without these keys. "Legacy": a space after every special token.
     settings = {"legacy": config.get("legacy", True), "add_bos_token": config.get("add_bos_token", True)}
@@ -140,9 +134,7 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
     llama = LlamaTokenizer.from_pretrained(directory, local_files_only=True, add_eos_token=False, **settings)
     for token, index in read_json(directory / "added_tokens.json").items():
         if llama.convert_tokens_to_ids(token) != index:  # transformers takes the next free id
-            raise UserError(
-                f"{directory}: the id {index} of the added token {token!r} leaves a gap. Copy the files again."
-            )
+            raise ValueError(f"the id {index} of the added token {token!r} leaves a gap. Copy the files again.")
     # With the general class the file tokenizer.json alone decides how text is split.
     return PreTrainedTokenizerFast(
         tokenizer_object=llama.backend_tokenizer,

@@ -66,7 +66,7 @@ def test_added_tokens_keep_their_ids(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not one", original.sentencepiece(original.PIECES)[:-700], b"\x0a\xff"])
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.* in .* (cannot be read|is not a byte-pair model)"):
+    with pytest.raises(UserError, match="The tokenizer in .* cannot be read"):
         read_tokenizer(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(processor, "SentencePieceExtractor", without_packages)
     original.write_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="cannot be read: ImportError: requires the protobuf library"):
+    with pytest.raises(UserError, match=r"cannot be read \(ImportError: requires the protobuf library"):
         read_tokenizer(tmp_path)
 
 
