@@ -96,15 +96,14 @@ def main(args: BaseArguments) -> None:
         model, processor = tiny_llava(seed=args.seed)
         trainer = _trainer(args, model, processor)
         result = trainer.train(resume_from_checkpoint=newest_complete_checkpoint(_run_directory(args)))
-        if trainer.accelerator.is_main_process:
-            with staged_model(Path(args.output_dir), ".saving") as staging:
-                model.save_pretrained(staging)
-                processor.save_pretrained(staging)
-            shutil.rmtree(_run_directory(args))
+        with staged_model(Path(args.output_dir), ".saving") as staging:
+            model.save_pretrained(staging)
+            processor.save_pretrained(staging)
+        shutil.rmtree(_run_directory(args))
         counts = {"parameters": model.num_parameters(), "steps": trainer.state.global_step}
         record.finish(counts=counts, training_loss=result.training_loss)
-    size, loss = counts["parameters"], result.training_loss
-    print(f"base: {size:,} parameters, training loss {loss:.3f}, in {args.output_dir}")
+    loss = result.training_loss
+    print(f"base: {counts['parameters']:,} parameters, training loss {loss:.3f}, in {args.output_dir}")
 
 
 def check(args: BaseArguments) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.policy.chat_template import VUSR
-from medst_trl.policy.families import family_of
 from medst_trl.policy.vusr import neutralise_parts
 
 from .engine import Prompt, Sampling, sent_parts
@@ -105,7 +104,7 @@ def write_texts(
         sampler ([`SeededSampler`], *optional*):
             Chooses the tokens. By default the most likely token.
         samples_per_prompt (sequence of `int`, *optional*):
-            Number of texts for each prompt, which is prefilled once; only for models that [`shares_prompts`] accepts.
+            Number of texts for each prompt, which is prefilled once; only for a [`Family`] that shares prompts.
             By default one text, and nothing is shared.
         **generates:
             Further arguments of `generate`, if `samples_per_prompt` is None.
@@ -199,14 +198,6 @@ class StopStrings:
                 shown = end
 
 
-def shares_prompts(model: "PreTrainedModel") -> bool:
-    """
-    Return whether a model generates the same texts from a shared prefill ([`prefill`]) and from image features instead
-    of pixels ([`ImageFeatureCache`]).
-    """
-    return family_of(model.config.model_type).shares_prompts
-
-
 def prefill(
     model: "PreTrainedModel", inputs: "Mapping[str, Any]", samples_per_prompt: Sequence[int], **settings: Any
 ) -> "dict[str, torch.Tensor]":
@@ -218,7 +209,7 @@ def prefill(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A model that [`shares_prompts`] accepts.
+            A model of a [`Family`] that shares prompts.
         inputs (`Mapping`):
             Inputs of `generate`, padded on the left.
         samples_per_prompt (sequence of `int`):
@@ -256,7 +247,7 @@ def generate_dropping_finished(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A model that [`shares_prompts`] accepts.
+            A model of a [`Family`] that shares prompts.
         inputs (`Mapping`):
             Inputs of `generate`, padded on the left.
         max_new_tokens (`int`):

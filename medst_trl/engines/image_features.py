@@ -58,7 +58,7 @@ class ImageFeatureCache:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A model that [`shares_prompts`] accepts.
+            A model of a [`Family`] that shares prompts.
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
 

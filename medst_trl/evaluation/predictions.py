@@ -161,8 +161,7 @@ def _record(format: PredictionFormat, row: dict[str, Any] | Rejected, number: in
 
 def guess_format(path: str | os.PathLike) -> str:
     """Return the format that matches a file's name and the keys of its first record; our own if none does."""
-    path = Path(path)
-    first = {}
+    path, first = Path(path), {}
     with suppress(UserError):
         first = next((row for _, row in read_json_records(path, key="question") if isinstance(row, dict)), {})
     return next((format.name for format in PREDICTION_FORMATS.values() if format.guess(path, first)), OWN_FORMAT)

@@ -147,9 +147,8 @@ def _joined(rows: Rows, found: dict[str, dict | None], questions: list[dict[str,
 def _by_id(questions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Questions by id, and by the end of the id if all start alike: `vqa_rad-13` is `13` in LLaVA-Med's files."""
     parted = [str(question["id"]).rpartition("-") for question in questions]
-    ends = {}
-    if len({start for start, _, _ in parted}) == 1:
-        ends = {end: question for (_, _, end), question in zip(parted, questions)}
+    start_alike = len({start for start, _, _ in parted}) == 1
+    ends = {end: question for (_, _, end), question in zip(parted, questions)} if start_alike else {}
     return ends | {str(question["id"]): question for question in questions}
 
 

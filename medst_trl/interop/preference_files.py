@@ -134,7 +134,6 @@ def _read_pair(record: dict) -> dict:
     if isinstance(weight, bool) or not isinstance(weight, int | float | None) or not isfinite(weight or 0):
         raise BadRecord("bad_score", weight)
     judge = {"source": name} | ({} if weight is None else {"weighted_score": weight})
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1])]
-    *prompt, good, bad = turns
+    *prompt, good, bad = ({"role": turn["role"], "content": turn["content"]} for turn in (*chosen, rejected[-1]))
     row = {"images": list(images), "prompt": prompt, "chosen": [good], "rejected": [bad]}
     return row | {"score_chosen": None, "score_rejected": None, "judge": json.dumps(judge)}

@@ -24,13 +24,13 @@ from medst_trl.engines.decoding import (
     StopStrings,
     chat_inputs,
     prefill,
-    shares_prompts,
     warpers,
     write_texts,
 )
 from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream, to_answer, to_ask
 from medst_trl.engines.image_features import ImageFeatureCache
-from medst_trl.policy.families import FAMILIES
+from medst_trl.engines.kinds.transformers import TransformersEngine
+from medst_trl.policy.families import FAMILIES, family_of
 from medst_trl.policy.generation import USED_SETTINGS
 
 
@@ -80,7 +80,7 @@ def test_every_family_is_covered():
 
 def test_shared_prompts_give_the_same_logits(family):
     model, processor = family
-    assert shares_prompts(model)
+    assert family_of(model.config.model_type).shares_prompts
     settings = GREEDY | {"max_new_tokens": 4, "output_logits": True}
     with torch.inference_mode():
         plain = model.generate(**plain_inputs(processor), **settings)
@@ -250,10 +250,10 @@ def test_tokens_that_a_generation_config_forbids_are_not_written(monkeypatch):
 
 
 def test_other_families_do_not_share_prompts():
-    model, _ = tiny_model("vicuna")
-    assert shares_prompts(model)
+    model, processor = tiny_model("vicuna")
+    assert TransformersEngine(model, processor)._images is not None
     model.config.model_type = "another"
-    assert not shares_prompts(model)
+    assert TransformersEngine(model, processor)._images is None
 
 
 @pytest.mark.parametrize("steps_per_call", [3, 32])

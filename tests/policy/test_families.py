@@ -27,13 +27,12 @@ from types import SimpleNamespace
 import torch
 from transformers import AyaVisionConfig, GenerationConfig
 from medst_trl.base.errors import UserError
-from medst_trl.engines.decoding import shares_prompts
-from medst_trl.policy.families import check_family
+from medst_trl.policy.families import check_family, family_of
 from medst_trl.training.packing import packing_cost
 
 model = SimpleNamespace(config=AyaVisionConfig(), generation_config=GenerationConfig())
 model.config.text_config._attn_implementation = "sdpa"
-print(packing_cost(model)[0] is not None, shares_prompts(model))
+print(packing_cost(model)[0] is not None, family_of("aya_vision").shares_prompts)
 try:
     check_family(model.config.text_config, "mine")
 except UserError as error:

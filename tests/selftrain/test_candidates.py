@@ -29,6 +29,7 @@ from medst_trl.engines.engine import DESCRIBE, BatchEngine, OpenedImage, Prompt,
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.engines.kinds import transformers as transformers_engine
 from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.families import Family
 from medst_trl.policy.vusr import VUSR, add_vusr
 from medst_trl.selftrain import candidates as candidates_module
 from medst_trl.selftrain.filters import QuestionFilter
@@ -363,14 +364,10 @@ def test_out_of_memory_while_writing_leaves_the_batch_of_images_unchanged(policy
     assert encoded == [2, 2, 2]
 
 
-def disable_shared_prompts(monkeypatch):
-    monkeypatch.setattr(transformers_engine, "shares_prompts", lambda model: False)
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_candidates_are_the_same_without_shared_prompts(policy, images, expected, monkeypatch, batch_size):
     """Each text then has its own prompt and pixels, as for families that do not share prompts."""
-    disable_shared_prompts(monkeypatch)
+    monkeypatch.setattr(transformers_engine, "family_of", lambda model_type: Family("", "", ()))
     assert outcomes(policy, images, batch_size=batch_size) == expected
 
 

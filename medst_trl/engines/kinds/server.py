@@ -125,14 +125,13 @@ class ServerEngine(Engine):
         Raises:
             UserError: if not.
         """
-        client, hello = self._client(), Prompt([message("user", [text_part("Hello")])], [])
+        hello = Prompt([message("user", [text_part("Hello")])], [])
         # More than one token: hosted models that think before they answer may refuse a shorter reply.
-        ((_, outcome),) = client.run([self._call(Request(hello, Sampling(max_new_tokens=16)))])
-        reply = self._reply(client, outcome)
+        (reply,) = self.write([hello], Sampling(max_new_tokens=16))
         if reply.problem:
             raise UserError(
-                f"The server at {client.base_url} cannot run the model {self.model_name!r} ({reply.text}). Set "
-                f"model_name_or_path to its name there, and server_kind to one of {', '.join(SERVER_KINDS)}."
+                f"The server cannot run the model {self.model_name!r} ({reply.text}). Set model_name_or_path to "
+                f"its name there, and server_kind to one of {', '.join(SERVER_KINDS)}."
             )
 
     def run(self, first, then=lambda request, reply: ()):
@@ -198,15 +197,12 @@ class ServerEngine(Engine):
 def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str, Any]]:
     """Return messages as the API accepts them, each image in its place as a data URL."""
 
-    def image_part() -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": next(urls)}}
-
     def neutralise(texts: list[str]) -> list[str]:
         return [_CONTROL.sub(rf"\g<0>{ZERO_WIDTH_NON_JOINER}", text) for text in texts]
 
     messages = []
     for turn in turns:
-        content = sent_parts(turn, neutralise, image_part)
+        content = sent_parts(turn, neutralise, lambda: {"type": "image_url", "image_url": {"url": next(urls)}})
         # In the API, assistant messages are plain strings.
         text = "".join(part.get("text", "") for part in content)
         messages.append({"role": turn["role"], "content": text if turn["role"] == "assistant" else content})
@@ -215,9 +211,7 @@ def _messages(turns: list[dict[str, Any]], urls: Iterator[str]) -> list[dict[str
 
 def _check(settings: ServerSettings, model_name_or_path: str) -> None:
     check_choice("server_kind", settings.server_kind, SERVER_KINDS)
-    if not settings.base_url:
-        raise UserError("The engine `server` needs base_url, for example --base_url http://localhost:8000/v1.")
-    check_url("base_url", settings.base_url)
+    check_url("base_url", settings.base_url or "")  # this engine needs it
     settings.check_calls(model_name_or_path)
 
 

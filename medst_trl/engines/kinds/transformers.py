@@ -15,10 +15,10 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.processes import process_state
 from medst_trl.base.settings import check_bounds, check_choice, documented
 from medst_trl.data.schema import text_of
-from medst_trl.engines.decoding import SeededSampler, StopStrings, prompt_inputs, shares_prompts, write_texts
+from medst_trl.engines.decoding import SeededSampler, StopStrings, prompt_inputs, write_texts
 from medst_trl.engines.engine import ENGINES, BatchEngine, EngineKind, OpenedImage, Prompt, Reply, Sampling
 from medst_trl.engines.image_features import ImageFeatureCache
-from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error, base_of
+from medst_trl.policy.families import EXTREME_ASPECT_RATIO, aspect_ratio_error, base_of, family_of
 
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TransformersEngine(BatchEngine):
 
     An image is preprocessed and encoded once as long as its [`OpenedImage`] exists and [`ImageFeatureCache`] has room
     for it. Equal prompts of a batch are processed once. Both only for families for which a test shows that this
-    changes nothing ([`shares_prompts`]).
+    changes nothing ([`Family`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -97,7 +97,8 @@ class TransformersEngine(BatchEngine):
         texts = MAX_BATCH_SIZE if self._estimates else self.batch_size
         self._most = {"text": texts, "image": min(self.batch_size, IMAGES_PER_BATCH)}
         self.model_name = getattr(self.model.config, "name_or_path", None) or None
-        self._images = ImageFeatureCache(self.model, processor) if shares_prompts(self.model) else None
+        shares_prompts = family_of(self.model.config.model_type).shares_prompts
+        self._images = ImageFeatureCache(self.model, processor) if shares_prompts else None
         self._image_lengths: dict[Any, int] = {}
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:

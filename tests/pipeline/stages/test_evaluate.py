@@ -313,7 +313,7 @@ def test_control_files_of_other_questions_are_refused(predictions, tmp_path):
         ({"predictions": "p", "variants": "loose"}, "metric 'loose'"),
         ({"predictions": "p", "bootstrap_samples": -1}, "bootstrap_samples"),
         ({"model_name_or_path": "x", "benchmark": ["b"], "engine": "servr"}, "engine 'servr'. Did you mean 'server'"),
-        ({"model_name_or_path": "x", "benchmark": ["b"], "engine": "server"}, "needs base_url"),
+        ({"model_name_or_path": "x", "benchmark": ["b"], "engine": "server"}, "base_url must start with http://"),
         ({"model_name_or_path": "x", "benchmark": ["b"], "batch_size": 0}, "batch_size is 0"),
         ({"predictions": "/nowhere/p.jsonl"}, "/nowhere/p.jsonl"),
     ],
