@@ -66,7 +66,7 @@ def main(model: str | None = None, base_url: str | None = None, pairs: int = 6) 
             print(f"  {'>' if judgement['verdict'] == index else ' '} {score:>4}  {answer}")
         if judgement["dropped"]:
             print(f"  dropped: {judgement['dropped']}")
-    statistics = judge_statistics(judgements, judge.prices)
+    statistics = judge_statistics(judgements)
     print("\n" + "\n".join([format_statistics(statistics), *warnings_of(statistics)]))
     return judgements
 

@@ -18,7 +18,6 @@ from phantom_rows import benchmark_rows
 from medst_trl.base.files import write_json, write_jsonl
 from medst_trl.data.schema import benchmark_features, features_of, message, text_part
 from medst_trl.demo.phantoms import answer, make_phantoms
-from medst_trl.engines.cost import Prices
 from medst_trl.evaluation.predictions import control_path, read_predictions, score_predictions
 from medst_trl.evaluation.vqa import CONTROLS
 from medst_trl.selftrain.judge.statistics import judge_statistics
@@ -113,7 +112,7 @@ def generate(run: Path, phantoms: list, round: str = "") -> list[dict]:
 def judgement(candidate: dict, verdict: int | None = 0, dropped: str | None = None, **changes) -> dict:
     order = {
         "verdict": verdict, "reply": "8 3\nThe first answer is right.", "finish_reason": "stop", "cached": False,
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10}, "scores": [8, 3],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10}, "cost": 0.00012, "scores": [8, 3],
     }  # fmt: skip
     swapped = 1 if dropped == "flip" else verdict
     return {
@@ -128,7 +127,7 @@ def judgement(candidate: dict, verdict: int | None = 0, dropped: str | None = No
 def judge(run: Path, candidates: list[dict], round: str = "", rows: list[dict] | None = None) -> None:
     outcomes = [None, None, "flip", None, "tie", "unparsable"]
     rows = rows or [judgement(c, dropped=outcomes[i % len(outcomes)]) for i, c in enumerate(candidates)]
-    statistics = judge_statistics(rows, Prices(1.0, 2.0))
+    statistics = judge_statistics(rows)
     rejected = statistics["dropped"] | {"near_duplicate_question": 2}
     train = {"pairs": len(rows) - sum(rejected.values()), "images": 5}
     counts = {"judge": statistics, "preferences": {"pairs": len(rows), "train": train, "rejected": rejected}}

@@ -249,7 +249,7 @@ def _judge(args: JudgeArguments, judge: "PairwiseJudge", candidates: "Dataset") 
     print(f"judge: {estimate}")
     judgements = list(tqdm(judge(candidates, offline), "judge", total=estimate.pairs, unit="pair", disable=None))
     write_jsonl(Path(args.output_dir, "judgements.jsonl"), judgements)
-    return judgements, judge_statistics(judgements, judge.prices) | {
+    return judgements, judge_statistics(judgements) | {
         "left_over_answers": sum(len(answers) % 2 for answers in candidates["answers"]),
         "events": dict(judge.events.most_common()),
     }

@@ -9,10 +9,8 @@ from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.source import list_reasons
-from medst_trl.engines.cost import Prices
 
 
-UNKNOWN_PRICES = Prices()
 MIN_UNEQUAL = 20  # fewer pairs of unequal length say nothing about the judge
 MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 
@@ -26,15 +24,13 @@ _ADVICE = {
 }
 
 
-def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = UNKNOWN_PRICES) -> dict[str, Any]:
+def judge_statistics(judgements: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     Count the outcomes of the pairs, and measure the judge's biases.
 
     Args:
         judgements (iterable of `dict`):
             Judgements as [`PairwiseJudge`] yields them.
-        prices ([`Prices`], *optional*):
-            For the cost.
 
     Returns:
         `dict`:
@@ -49,7 +45,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         - `cut`: pairs with a text that was cut
         - `usage`: number of requests with their tokens and cost in dollars, for all (`all`) and for those that this
           run sent (`this_run`). A request counts once, however many pairs share it. The cost includes calls without
-          a reply, which may have been charged, too.
+          a reply, which may have been charged, too. It is None if the prices are unknown.
 
         A rate is None if there are no pairs to measure it on.
     """
@@ -87,22 +83,21 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]], prices: Prices = U
         "mean_margin": _share(sum(margins), len(margins)),
         "cut": counts["cut"],
         "usage": {
-            "all": _usage(list(requests.values()), prices),
-            "this_run": _usage([request for request in requests.values() if not request["cached"]], prices),
+            "all": _usage(list(requests.values())),
+            "this_run": _usage([request for request in requests.values() if not request["cached"]]),
         },
     }
 
 
-def _usage(requests: Sequence[Mapping[str, Any]], prices: Prices) -> dict[str, Any]:
-    tokens = Counter()
+def _usage(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tokens, costs = Counter(), [request.get("cost") for request in requests]
     for request in requests:
         tokens.update(request["usage"] or {})
-    costs = (prices.cost_of(request) if request.get("cost") is None else request["cost"] for request in requests)
     return {
         "replies": len(requests),
         "prompt_tokens": tokens["prompt_tokens"],
         "completion_tokens": tokens["completion_tokens"],
-        "cost": round(sum(costs), 6) if prices.known else None,
+        "cost": None if None in costs else round(sum(costs), 6),
     }
 
 

@@ -12,7 +12,7 @@ from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import features_of
-from medst_trl.engines.cost import CACHE_FILE, Prices
+from medst_trl.engines.cost import CACHE_FILE
 from medst_trl.selftrain.judge import batch_api
 from medst_trl.selftrain.judge.batch_api import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -141,7 +141,7 @@ def test_a_request_shared_by_pairs_is_counted_once():
     prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
     with JudgeServer(latency=0.02) as server:
         judge = judge_with(server, **prices)
-        usage = judge_statistics(judge([candidate(1)] * 5), judge.prices)["usage"]
+        usage = judge_statistics(judge([candidate(1)] * 5))["usage"]
     paid = {"replies": 2, "prompt_tokens": 2000, "completion_tokens": 100, "cost": 0.003}
     assert usage == {"all": paid, "this_run": paid}
 
@@ -150,7 +150,7 @@ def test_a_filtered_reply_is_charged():
     prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 10.0}
     with JudgeServer(fault=lambda number, body: "filtered_reply" if number % 2 else None) as server:
         judge = judge_with(server, **prices)
-        usage = judge_statistics(judge(candidates(6)), judge.prices)["usage"]["all"]
+        usage = judge_statistics(judge(candidates(6)))["usage"]["all"]
     assert usage == {"replies": 12, "prompt_tokens": 12_000, "completion_tokens": 600, "cost": 0.018}
 
 
@@ -176,13 +176,14 @@ def test_max_cost_holds_over_all_runs(tmp_path, fault, usage, at_least):
 
 
 def test_a_second_run_costs_nothing(tmp_path):
+    prices = {"price_per_million_input_tokens": 1.0, "price_per_million_output_tokens": 1.0}
     with JudgeServer() as server:
-        first = list(judge_with(server, cache_dir=tmp_path)(candidates(5)))
-        judge = judge_with(server, cache_dir=tmp_path)
+        first = list(judge_with(server, cache_dir=tmp_path, **prices)(candidates(5)))
+        judge = judge_with(server, cache_dir=tmp_path, **prices)
         second = list(judge(candidates(5)))
         assert len(server.bodies) == 10 and judge.events["calls"] == 0
         assert judge.estimate(candidates(6)).calls == 2
-        usage = judge_statistics(second, Prices(1, 1))["usage"]
+        usage = judge_statistics(second)["usage"]
         assert usage["this_run"]["cost"] == 0 < usage["all"]["cost"]
         for a, b in zip(first, second, strict=True):
             assert [order | {"cached": True} for order in a["orders"]] == b["orders"] and a["scores"] == b["scores"]
@@ -319,7 +320,7 @@ def test_a_judge_in_this_process_replaces_the_server():
     first, second, *_ = asked
     assert len(asked) == 4 and first["answers"] == second["answers"][::-1] == ["it is dark", "it is"]
     assert (first["id"], first["image_ids"], first["question"]) == ("r1#0", ["image 1"], "What is 1?")
-    assert judge_statistics(judgements, judge.prices)["usage"]["all"]["cost"] == 0
+    assert judge_statistics(judgements)["usage"]["all"]["cost"] == 0
 
 
 def test_an_error_of_a_local_judge_is_raised_as_it_is():
