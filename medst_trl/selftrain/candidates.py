@@ -168,9 +168,13 @@ class CandidateGenerator:
         if times > 1:
             raise UserError(f"{times} records have the id {record_id!r}. Give each its own id.")
         state = process_state()
-        windows = self._windows(len(ids), state.num_processes)[state.process_index :: state.num_processes]
-        left = [window for window in windows if any(ids[row] not in done for row in window)]
-        rows, ahead = with_stored_images(dataset), None if self.engine.batch_size is None else 1
+        # Windows are of equal size on all processes, and each process has one if there are enough records.
+        batch_size, share = self.engine.batch_size, -(-len(ids) // state.num_processes)
+        size = 1 if batch_size is None else max(1, min(BATCHES_PER_WINDOW * batch_size, share))
+        windows = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
+        own = windows[state.process_index :: state.num_processes]
+        left = [window for window in own if any(ids[row] not in done for row in window)]
+        rows, ahead = with_stored_images(dataset), None if batch_size is None else 1
         opened = ordered_map(lambda window: [_open(rows[row]) for row in window], left, OPENING_THREADS, ahead)
         bar = {"total": sum(map(len, left)), "unit": "image", "disable": not state.is_main_process}
         finished = tqdm(self._finished(opened), "candidates", **bar)
@@ -213,12 +217,6 @@ class CandidateGenerator:
             "describe_first": self.describe_first,
         }
         return json.dumps(described | settings)
-
-    def _windows(self, records: int, processes: int) -> list[range]:
-        """Divide the records, equally on all processes, and so that each process has a window if there are enough."""
-        batch_size = self.engine.batch_size
-        size = 1 if batch_size is None else max(1, min(BATCHES_PER_WINDOW * batch_size, -(-records // processes)))
-        return [range(start, min(start + size, records)) for start in range(0, records, size)]
 
     def _finished(self, windows: Iterable[list[tuple]]) -> Iterator[dict[str, Any]]:
         """Take the steps of records from [`_open`], and yield the outcome of each record when it is complete."""

@@ -243,7 +243,7 @@ def select_records(dataset: "Dataset", skip: int = 0, most: int | None = None) -
         else:
             seen.add(images)
             rows.append(row)
-    chosen = rows[skip:] if most is None else rows[skip : skip + most]
+    chosen = rows[skip:][:most]
     if not chosen:
         raise UserError(
             f"No images are left: {len(dataset)} records have {len(rows)} different sets of images, and "
