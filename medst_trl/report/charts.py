@@ -9,8 +9,9 @@ chart relies on color alone: lines are labeled and differ in dashes, and bars ar
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -24,21 +25,7 @@ MAX_POINTS = 200  # per line; longer ones are averaged
 LETTER = 6.2  # width of a letter at 11 px, an upper estimate
 ROW = 19  # height of a bar with the space below it
 
-
-@dataclass(frozen=True)
-class Line:
-    """
-    One line of a [`line_chart`].
-
-    Args:
-        name (`str`): Label at the end of the line.
-        points (sequence of `(x, y)`): Sorted by x. Points that are not finite are left out.
-        dashed (`bool`, *optional*): Whether it is dashed, such as a validation loss. By default, lines differ.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    dashed: bool | None = None
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -60,32 +47,32 @@ class Bar:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
+    title: str, lines: Mapping[str, Points], *, x_label: str, y_label: str, level: tuple[float, str] | None = None
 ) -> Markup:
     """
     Draw lines over a common x axis, each labeled with its name and last value.
 
     Args:
         title (`str`): Heading of the chart.
-        lines (sequence of [`Line`]): At most five.
+        lines (`dict`): Name to points, sorted by x, of at most five lines. Points that are not finite are left out.
         x_label, y_label (`str`): What the axes show, with the unit.
         level (`tuple`, *optional*): A value of y to mark with a horizontal line, and its label.
 
     Returns:
         `Markup`: the `<svg>` element; empty if no line has a point.
     """
-    lines = [replace(line, points=points) for line in lines if (points := _thin(line.points))]
+    lines = {name: thin for name, points in lines.items() if (thin := _thin(points))}
     if not lines:
         return Markup("")
-    labels = [f"{clean(line.name)} {number(line.points[-1][1])}" for line in lines]
+    labels = [f"{clean(name)} {number(points[-1][1])}" for name, points in lines.items()]
     left, right, top, bottom = 46, WIDTH - min(150, 14 + LETTER * max(map(len, labels))), 46, 202
-    xs, ys = zip(*(point for line in lines for point in line.points))
+    xs, ys = zip(*chain(*lines.values()))
     levels = () if level is None else (level[0],)
     x = _Axis(min(xs), max(xs), left, right)
     y = _Axis(min(ys + levels), max(ys + levels), bottom, top, widen=True)
-    points = [[(x(a), y(b)) for a, b in line.points] for line in lines]
-    ends = _keep_apart([line[-1][1] for line in points], 14, top, bottom)
-    drawn = list(zip(lines, points, labels, ends))
+    paths = [[(x(a), y(b)) for a, b in points] for points in lines.values()]
+    ends = _keep_apart([path[-1][1] for path in paths], 14, top, bottom)
+    drawn = list(zip(lines.items(), paths, labels, ends))
     return _draw(title, y_label, 236, x, y=y, x_label=x_label, level=level, lines=drawn)
 
 
@@ -120,13 +107,12 @@ def bar_chart(
     left = min(150, 12 + LETTER * max(len(clean(bar.name)) for bar in bars))
     right = WIDTH - 14 - LETTER * max(len(number(bar.value, digits)) for bar in bars)
     low, high = limits or (min(0, *values), max(0, *values) or 1)
-    marked, legend = mark or (None, "")
     x = _Axis(low, high, left, right, widen=limits is None and axis)
     top = 46 if unit else 30
     end = top + ROW * len(bars) + 7
-    height = end + 20 * axis + 18 * bool(legend) + 2
+    height = end + 20 * axis + 18 * bool(mark) + 2
     layout = {"top": top, "end": end, "row": ROW, "letters": int((x.start - 8) / LETTER) + 1, "axis": axis}
-    return _draw(title, unit, height, x, bars=bars, mark=marked, legend=legend, digits=digits, **layout)
+    return _draw(title, unit, height, x, bars=bars, mark=mark, digits=digits, **layout)
 
 
 def _draw(title: str, unit: str, height: float, x: "_Axis", **values: Any) -> Markup:
@@ -179,7 +165,7 @@ def _keep_apart(wanted: Sequence[float], gap: float, top: float, bottom: float) 
     return positions
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: Points) -> Points:
     """Finite points, averaged in runs of equal length if there are more than can be seen."""
     points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     size = max(1, math.ceil(len(points) / MAX_POINTS))

@@ -9,19 +9,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .charts import Line, line_chart
+from .charts import line_chart
 from .run_directory import Run, StageRun
 from .text import is_number, number
 
 
 DISPLACED = 0.05  # nats: a smaller loss of log-probability is not called a displacement
-DEFAULT_BETA = 0.1  # TRL's; scales the threshold for logs with rewards only, which are in nats × beta
 LAST_PART = 0.2  # of the logged values, averaged for statements about the end of training
 
 Log = Sequence[Mapping[str, Any]]
 
-# Title, unit of y, keys of the log, and a level to draw with its name. Of several with one title, the first that has
-# values is drawn. The log of preference training has rewards.
+# Title, unit of y, keys of the log, and a level to draw with its name. The log of preference training has rewards.
 _SUPERVISED = (
     ("Loss", "nats per token", ("loss", "loss_question", "loss_answer", "eval_loss"), None),
     ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
@@ -32,7 +30,6 @@ _PREFERENCE = (
     ("Pairs in the judge's order", "share", ("rewards/accuracies", "eval_rewards/accuracies"), (0.5, "by chance")),
     ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
     ("Change from the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
-    ("Change from the reference", "nats × beta", ("rewards/chosen", "rewards/rejected"), (0.0, "")),
     ("Length of an answer", "tokens", ("lengths/chosen", "lengths/rejected"), None),
 )
 
@@ -53,12 +50,11 @@ def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
 
 def training_charts(log: Log) -> list[Markup]:
     """Draw the charts of supervised or preference training for which the log has values."""
-    charts: dict[str, Markup] = {}
+    charts = []
     for title, unit, keys, level in _PREFERENCE if _points(log, "rewards/margins") else _SUPERVISED:
-        lines = [Line(key, _points(log, key), dashed=True if key.startswith("eval_") else None) for key in keys]
-        if not charts.get(title):
-            charts[title] = line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level)
-    return [chart for chart in charts.values() if chart]
+        lines = {key: _points(log, key) for key in keys}
+        charts.append(line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level))
+    return [chart for chart in charts if chart]
 
 
 def displacement(log: Log) -> str | None:
@@ -66,17 +62,14 @@ def displacement(log: Log) -> str | None:
     State whether the chosen answers became less likely than under the reference (likelihood displacement); None
     if the log does not show it.
     """
-    kind, unit, threshold = "logratios", "nats", DISPLACED
-    if not _points(log, "logratios/chosen"):
-        kind, unit, threshold = "rewards", "nats × beta", DISPLACED * DEFAULT_BETA
-    keys = (f"{kind}/chosen", f"{kind}/rejected", "rewards/margins")
+    keys = ("logratios/chosen", "logratios/rejected", "rewards/margins")
     chosen, rejected, margin = map(final_values(log, keys).get, keys)
     if chosen is None:
         return None
-    if chosen >= -threshold:
+    if chosen >= -DISPLACED:
         likely = "no less likely than" if chosen >= 0 else "about as likely as"
         note = "" if chosen or rejected or margin else " The policy has not changed (is the warm-up too long?)."
-        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} {unit}).{note}"
+        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} nats).{note}"
     reason = ""
     if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
         reason = (
@@ -87,7 +80,7 @@ def displacement(log: Log) -> str | None:
         reason = "The margin has not grown either: the rejected answers have not lost more. "
     return (
         "Likelihood displacement: at the end of training the chosen answers are less likely than under the reference, "
-        f"by {number(-chosen, 3)} {unit} on average. {reason}Possible remedies: the sft term in the loss (loss_type: "
+        f"by {number(-chosen, 3)} nats on average. {reason}Possible remedies: the sft term in the loss (loss_type: "
         "[sigmoid, sft]), a lower learning rate, a higher beta."
     )
 

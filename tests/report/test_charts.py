@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 
-from medst_trl.report.charts import MAX_POINTS, WIDTH, Bar, Line, bar_chart, line_chart
+from medst_trl.report.charts import MAX_POINTS, WIDTH, Bar, bar_chart, line_chart
 
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def draw_lines(*lines, **kwargs):
+def draw_lines(lines, **kwargs):
     return ET.fromstring(line_chart("A title", lines, x_label="step", y_label="nats", **kwargs))
 
 
@@ -33,21 +33,21 @@ def polylines(svg):
 
 
 def test_points_are_drawn_to_scale_from_left_to_right():
-    (points,) = polylines(draw_lines(Line("loss", [(0, 3.0), (50, 2.0), (100, 1.0)])))
+    (points,) = polylines(draw_lines({"loss": [(0, 3.0), (50, 2.0), (100, 1.0)]}))
     xs, ys = zip(*points)
     assert list(xs) == sorted(xs) and list(ys) == sorted(ys)  # y grows downwards
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
 
 
 def test_lines_are_labelled_with_name_and_last_value_and_axes_with_units():
-    svg = draw_lines(Line("loss", [(0, 3.0), (10, 0.25)]), Line("other", [(0, 1.0), (10, 0.26)]))
+    svg = draw_lines({"loss": [(0, 3.0), (10, 0.25)], "other": [(0, 1.0), (10, 0.26)]})
     assert {"A title", "nats", "step", "loss 0.25", "other 0.26"} <= set(texts(svg))
     assert svg.find(f"{SVG}title").text == "A title"
     assert "loss from 3 to 0.25" in svg.find(f"{SVG}desc").text
 
 
 def test_labels_of_close_lines_do_not_overlap():
-    svg = draw_lines(*(Line(f"line{n}", [(0, 0), (1, 1 + n / 1000)]) for n in range(4)))
+    svg = draw_lines({f"line{n}": [(0, 0), (1, 1 + n / 1000)] for n in range(4)})
     positions = sorted(float(e.get("y")) for e in svg.iter(f"{SVG}text") if (e.text or "").startswith("line"))
     assert all(after - before >= 13 for before, after in pairwise(positions))
 
@@ -65,18 +65,18 @@ def test_labels_of_close_lines_do_not_overlap():
     ],
 )
 def test_all_points_are_inside_the_chart(points):
-    svg = draw_lines(Line("x", points))
+    svg = draw_lines({"x": points})
     assert all(0 <= x <= WIDTH and 0 <= y <= 240 for line in polylines(svg) for x, y in line)
     assert "nan" not in ET.tostring(svg, encoding="unicode") and "inf" not in ET.tostring(svg, encoding="unicode")
 
 
 def test_no_chart_is_drawn_without_points():
-    assert line_chart("t", [Line("x", []), Line("y", [(1, math.nan)])], x_label="", y_label="") == ""
+    assert line_chart("t", {"x": [], "y": [(1, math.nan)]}, x_label="", y_label="") == ""
     assert bar_chart("t", []) == ""
 
 
 def test_long_logs_are_averaged():
-    (points,) = polylines(draw_lines(Line("x", [(x, x % 2) for x in range(10_000)])))
+    (points,) = polylines(draw_lines({"x": [(x, x % 2) for x in range(10_000)]}))
     assert len(points) <= MAX_POINTS
     assert max(y for _, y in points) - min(y for _, y in points) < 1e-6
 
@@ -117,9 +117,7 @@ def test_bars_with_the_same_name_have_the_same_colour():
     "hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "\u202e"]
 )
 def test_names_from_data_cannot_become_markup(hostile):
-    lines = line_chart(
-        hostile, [Line(hostile, [(0, 1), (1, 2)])], x_label=hostile, y_label=hostile, level=(1.5, hostile)
-    )
+    lines = line_chart(hostile, {hostile: [(0, 1), (1, 2)]}, x_label=hostile, y_label=hostile, level=(1.5, hostile))
     bars = bar_chart(hostile, [Bar(hostile, 1, (0, 2))], unit=hostile, mark=(1, hostile))
     for svg in (lines, bars):
         tags = {element.tag.removeprefix(SVG) for element in ET.fromstring(svg).iter()}
