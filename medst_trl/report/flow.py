@@ -22,8 +22,6 @@ from .text import is_number, relative_path, sentence, words
 
 LEFT_OUT = ("rejected", "set_aside", "dropped")  # keys in `counts` that map reasons to numbers
 UNNAMED = ("datasets", "notes")  # keys in `counts` that only group others
-MAX_REASONS = 12
-STATISTICS = judge_statistics(()).keys() - {"unequal_lengths"}  # which version 0.1.0 did not write
 
 
 class Judging:
@@ -36,6 +34,8 @@ class Judging:
 
     Attributes:
         statistics (`dict`): See [`~medst_trl.selftrain.judge.statistics.judge_statistics`], from its record.
+        preferences (`dict`): What its record counts about the pairs to train on.
+        kept (`int`): Their number: those that were judged, without what the stage left out then.
         rows (`list[dict]`): Its judgements.
         models (`Counter`): Judging model and prompt version.
         warnings (`list[str]`): What the statistics warn of.
@@ -43,7 +43,10 @@ class Judging:
 
     def __init__(self, run: Run, stage: StageRun):
         path = stage.directory / "judgements.jsonl"
-        self.statistics = stage.counts["judge"]
+        self.statistics, self.preferences = stage.counts["judge"], stage.counts["preferences"]
+        self.kept = sum(
+            self.preferences[split]["pairs"] for split in ("train", "validation") if split in self.preferences
+        )
         self.rows = [row for row in read_jsonl(path) if is_judgement(row)]
         self.models = Counter((str(row.get("model")), str(row.get("prompt_version"))) for row in self.rows)
         self.warnings = [sentence(warning) for warning in warnings_of(self.statistics)]
@@ -53,8 +56,8 @@ class Judging:
 
 def read_judgings(run: Run) -> dict[str, Judging]:
     """Return what each judge did that has finished, by the name of its stage."""
-    judges = [stage for stage in run.stages if isinstance(stage.counts.get("judge"), dict)]
-    return {stage.name: Judging(run, stage) for stage in judges if stage.counts["judge"].keys() >= STATISTICS}
+    judges = [stage for stage in run.stages if stage.counts.keys() >= {"judge", "preferences"}]
+    return {stage.name: Judging(run, stage) for stage in judges}
 
 
 def is_judgement(row: Any) -> bool:
@@ -76,7 +79,7 @@ def data_flow(run: Run, judgings: Mapping[str, Judging]) -> list[tuple[int, list
         `list`: each stage as a dict of its `run`, of names and numbers of what it `made`, and of a `chart` of what was
         kept and left out.
     """
-    found = [_step(run, stage, judgings) for stage in run.stages]
+    found = [_step(run, stage, judgings.get(stage.name)) for stage in run.stages]
     return [
         (round, [(stage, list(steps)) for stage, steps in groupby(steps, lambda step: step["run"].stage)])
         for round, steps in groupby(found, lambda step: step["run"].round)
@@ -99,19 +102,16 @@ def settings(run: Run, stage: StageRun) -> Iterator[tuple[str, str]]:
             yield key, ", ".join(relative_path(item, run.directory) for item in items)
 
 
-def _step(run: Run, stage: StageRun, judgings: Mapping[str, Judging]) -> dict[str, Any]:
-    judging, counts, made, left_out = judgings.get(stage.name), stage.counts, [], Counter()
-    kept = counts.get("candidates") if is_number(counts.get("candidates")) else None
-    if "judge" in counts:  # statistics with a section of their own
-        preferences = counts.get("preferences") if isinstance(counts.get("preferences"), dict) else {}
-        counts = {key: value for key, value in preferences.items() if key in ("train", "validation", *LEFT_OUT)}
-    if judging:
+def _step(run: Run, stage: StageRun, judging: Judging | None) -> dict[str, Any]:
+    counts, made, left_out = stage.counts, [], Counter()
+    kept = counts.get("candidates")
+    if judging:  # its statistics have a section of their own
         made.append(("pairs of answers", judging.statistics["pairs"]))
+        counts = {key: judging.preferences.get(key) for key in ("train", "validation", *LEFT_OUT)}
     _add(run, made, left_out, "", counts)
     if judging:
-        left_out = left_out or Counter(judging.statistics["dropped"])
         kept = judging.statistics["pairs"] - left_out.total()
-    return {"run": stage, "made": made, "chart": _bars(left_out, kept)}
+    return {"run": stage, "made": made, "chart": _bars(left_out, kept if is_number(kept) else None)}
 
 
 def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, value: Any) -> None:
@@ -128,10 +128,7 @@ def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, 
 
 
 def _bars(left_out: Counter, kept: int | None) -> Markup:
-    ordered = left_out.most_common()
     bars = [] if kept is None else [Bar("kept", kept)]
-    bars += [Bar(words(reason), n, muted=True) for reason, n in ordered[:MAX_REASONS]]
-    if rest := sum(n for _, n in ordered[MAX_REASONS:]):
-        bars.append(Bar(f"{len(ordered) - MAX_REASONS} other reasons", rest, muted=True))
+    bars += [Bar(words(reason), n, muted=True) for reason, n in left_out.most_common()]
     title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
     return bar_chart(title, bars, digits=None, axis=False)

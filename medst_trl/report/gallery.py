@@ -8,7 +8,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from medst_trl.data.cells import BadRecord
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.images import RequestImage
 from medst_trl.evaluation.metrics.strict import is_right
@@ -64,12 +63,9 @@ def changed_answers(run: Run, comparison: Comparison, limit: int) -> dict[str, A
         return None
     old, new = read_answers(run, before), read_answers(run, after)
     by_outcome: dict[str, list[str]] = {name: [] for name in OUTCOMES.values()}
-    try:
-        for key in (key for key in new if key in old):
-            before_right, after_right = is_right(read_answer(old[key])), is_right(read_answer(new[key]))
-            by_outcome[OUTCOMES[before_right, after_right]].append(key)
-    except BadRecord:
-        return None
+    for key in new:
+        before_right, after_right = is_right(read_answer(old[key])), is_right(read_answer(new[key]))
+        by_outcome[OUTCOMES[before_right, after_right]].append(key)
     shown = {name: _spread(keys, limit // 3) for name, keys in list(by_outcome.items())[:3]}
     places = [*run.datasets("benchmark"), *_paths(after.file.content.get("benchmark"))]
     wanted = {str(new[key].get("image_id")) for keys in shown.values() for key in keys}

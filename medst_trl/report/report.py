@@ -21,7 +21,7 @@ from .flow import Judging, data_flow, missing_stages, read_judgings, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
 from .scores import read_comparisons
-from .text import environment, is_number, relative_path, without_paths
+from .text import environment, relative_path, without_paths
 
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognized and can be replaced
@@ -57,14 +57,6 @@ class Round:
         trainings = run.select(lambda stage: stage.trains and stage.repeats, number)
         self.trainings = [_training(run, training) for training in trainings]
         self.cases = judged_cases(run, self.judge, self.judging, gallery) if self.judging else []
-
-    @property
-    def kept(self) -> int:
-        """The preference pairs to train on: those that were judged, without what the judge's stage left out then."""
-        counts = self.judge.counts.get("preferences")
-        splits = counts.values() if isinstance(counts, dict) else ()
-        pairs = [split["pairs"] for split in splits if isinstance(split, dict) and is_number(split.get("pairs"))]
-        return sum(pairs) if pairs else self.judging.statistics["judged"]
 
 
 @dataclass

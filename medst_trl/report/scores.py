@@ -172,10 +172,7 @@ class Comparison:
 
 def _bar(label: str, scores: Scores, metric: str, path: FigurePath, muted: bool = False) -> Bar | None:
     leaf = scores.get(metric, {}).get(path)
-    if not leaf or not leaf["n"]:
-        return None
-    interval = leaf["interval"]
-    return Bar(label, leaf["value"], None if interval is None or None in interval else interval, muted)
+    return Bar(label, leaf["value"], leaf["interval"], muted) if leaf and leaf["n"] else None
 
 
 def read_comparisons(run: Run, bootstrap_samples: int) -> list[Comparison]:
