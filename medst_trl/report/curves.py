@@ -36,8 +36,7 @@ _PREFERENCE = (
 
 def read_log(run: Run, stage: StageRun) -> list[dict[str, Any]]:
     """Return the log of a trainer: of the finished run, or of the newest checkpoint of an unfinished one."""
-    checkpoints = [path for path in stage.directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    checkpoints.sort(key=lambda path: -int(path.name.rpartition("-")[2]))
+    checkpoints = sorted(stage.directory.glob("checkpoint-*[0-9]"), key=lambda path: path.name.zfill(30), reverse=True)
     for path in (place / "trainer_state.json" for place in (stage.directory, *checkpoints)):
         content = run.read_json(path)
         if content is None:

@@ -44,9 +44,8 @@ class Judging:
     def __init__(self, run: Run, stage: StageRun):
         path = stage.directory / "judgements.jsonl"
         self.statistics, self.preferences = stage.counts["judge"], stage.counts["preferences"]
-        self.kept = sum(
-            self.preferences[split]["pairs"] for split in ("train", "validation") if split in self.preferences
-        )
+        splits = (self.preferences.get(name, {}) for name in ("train", "validation"))
+        self.kept = sum(split.get("pairs", 0) for split in splits)
         self.rows = [row for row in read_jsonl(path) if is_judgement(row)]
         self.models = Counter((str(row.get("model")), str(row.get("prompt_version"))) for row in self.rows)
         self.warnings = [sentence(warning) for warning in warnings_of(self.statistics)]

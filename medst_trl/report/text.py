@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from medst_trl.base.hub_ids import public_name
 from medst_trl.base.redaction import hide_secrets
 
 
@@ -40,14 +41,10 @@ def relative_path(value: Any, run: Path) -> str:
     unchanged.
     """
     text = str(value)
-    if not text or "://" in text or not (os.sep in text or text.startswith("~")):
-        return text
     path = Path(os.path.abspath(os.path.expanduser(text)))
-    if path == run or path.is_relative_to(run):
+    if os.sep in text and "://" not in text and path.is_relative_to(run):
         return path.relative_to(run).as_posix()
-    if Path(text).is_absolute() or text.startswith((".", "~")) or path.exists():
-        return f"…/{path.name}"
-    return text
+    return text if public_name(text) == text else f"…/{path.name}"
 
 
 def without_paths(text: str, run: Path) -> str:
