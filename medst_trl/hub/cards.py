@@ -111,9 +111,6 @@ def model_card(
         "results": results,
         "is_plain": is_plain(contents),
         "has_training_images": TRAINING_IMAGES_FILE in contents.files,
-        "describe": _describe,
-        "explanation": EXPLANATION,
-        "number_of": number_of,
     }
     return _render("model.md", data, repo_id, steps, values)
 
@@ -143,6 +140,7 @@ def _render(template: str, data: CardData, repo_id: str, steps: list[dict[str, A
         lstrip_blocks=True,
         autoescape=False,  # it is Markdown
     )
+    environment.globals |= {"describe": _describe, "explanation": EXPLANATION, "number_of": number_of}
     environment.filters |= {"cell": _cell, "flat": _flat, "hub_id": hub_id_text, "link": _link, "tenths": tenths}
     values |= {"repo_id": repo_id, "title": _title(repo_id), "license": data.license, "card_data": data.to_yaml()}
     return environment.get_template(template).render(steps=steps, sources=_sources(steps), **values)

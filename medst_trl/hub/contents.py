@@ -87,10 +87,7 @@ def find_contents(directory: Path) -> Contents:
         return _dataset(datasets[0])
     if datasets:
         raise UserError(f"{directory} holds several datasets. Push one of them: {', '.join(map(str, datasets))}.")
-    raise UserError(
-        f"{directory} holds nothing to publish: no adapter (adapter_config.json), no model (config.json) and no "
-        "dataset (*.parquet). Give the output directory of a stage."
-    )
+    raise UserError(f"{directory} holds nothing to publish. Give a directory with a dataset, an adapter or a model.")
 
 
 def _weights(directory: Path, patterns: tuple[str, ...], weights: str) -> list[str]:
@@ -107,10 +104,8 @@ def _dataset(directory: Path) -> Contents:
     columns = pq.read_schema(shards[0]).names
     kind = kind_of(columns)
     if kind is None:
-        raise UserError(
-            f"{directory} has the columns {', '.join(columns)}, which no stage of medst writes. Publish other "
-            "datasets with `datasets.Dataset.push_to_hub` or `hf upload`."
-        )
+        what = f"the columns {', '.join(columns)}, which no stage of medst writes"
+        raise UserError(f"{directory} has {what}. Publish other datasets with `hf upload`.")
     name = kind.name
     if name == "instruct":
         messages = pq.ParquetFile(shards[0]).read_row_group(0, ["messages"])["messages"]
@@ -175,8 +170,7 @@ def public_base(directory: Path, given: str | None) -> str | None:
         return base
     raise UserError(
         f"The base of the adapter in {directory} is {base}, a local model that nobody else can load. Push the base "
-        f"first (`medst push --source {base} --repo_id ORG/BASE`), then push the adapter with "
-        "--base_model_name_or_path ORG/BASE."
+        "first, then the adapter with --base_model_name_or_path ORG/BASE."
     )
 
 

@@ -135,10 +135,8 @@ class PushAfterStage:
             try:
                 pushed = push_directory(args)
             except UserError as error:
-                raise UserError(
-                    f"{directory} is finished, but was not pushed. {error}\nThen run the same command, or "
-                    f"`medst push --source {directory} --repo_id {repo_id}`."
-                ) from None
+                advice = f"Then run `medst push --source {directory} --repo_id {repo_id}`."
+                raise UserError(f"{directory} is finished, but was not pushed. {error}\n{advice}") from None
             print(f"The {pushed.title} is at {pushed.url}, revision {pushed.commit[:12]}.")
 
 
@@ -164,10 +162,7 @@ def _open_repository(api: HfApi, repo_id: str, repo_type: str, revision: str | N
     """Create repository and branch if they do not exist. Returns the address."""
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
-        raise UserError(
-            f"{repo_id} is public, and pushes are private by default. Make the repository private in its settings, "
-            "push to another one, or publish with --private false."
-        )
+        raise UserError(f"{repo_id} is public. Push to a private repository, or publish with --private false.")
     if revision is not None:
         api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
     return str(url)
@@ -184,9 +179,8 @@ def _check_ours(api: HfApi, contents: Contents, target: dict[str, Any], names: s
         return
     what = f"another kind of content ({kind})" if kind else f"other content ({', '.join(sorted(names)[:3])})"
     raise UserError(
-        f"{target['repo_id']} holds {what}, which a push of {contents.kind} would mix with or replace. Nothing was "
-        "changed. Choose another --repo_id, or replace its content with --replace_content true (older revisions keep "
-        "it)."
+        f"{target['repo_id']} holds {what} and was not changed. Choose another --repo_id, or replace its content with "
+        "--replace_content true (older revisions keep it)."
     )
 
 

@@ -74,10 +74,7 @@ class Run:
         places = [file.parent for file in sorted(records) if not _HIDDEN.search(self.name(file))]
         self.stages = [stage for place in places if (stage := self._read_stage(place)) is not None]
         if not self.stages:
-            raise UserError(
-                f"{path} holds no stage yet (no {RECORD_FILE} in a directory of its own), so there is nothing to "
-                "report. Run a recipe first (`medst run demo`), or give the directory that its output_dir names."
-            )
+            raise UserError(f"{path} holds no stage yet. Give the output_dir of a recipe, such as `medst run demo`.")
         order = list(STAGES)
         self.stages.sort(key=lambda stage: (stage.round, order.index(stage.stage.name), stage.started, stage.name))
 

@@ -208,7 +208,7 @@ def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         records, _ = read_predictions(evaluation.directory / PREDICTIONS_FILE, OWN_FORMAT)
         return {str(row["id"]): row for row in records}
     except (UserError, KeyError):
-        path = f"{run.name(evaluation.directory)}/predictions.jsonl"
+        path = run.name(evaluation.directory / PREDICTIONS_FILE)
         note = f"{path} is missing or damaged, so its answers and their differences are left out."
         if note not in run.notes:
             run.notes.append(note)
@@ -218,19 +218,15 @@ def read_answers(run: Run, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 def _changes(run: Run, before: Evaluation, after: Evaluation, bootstrap_samples: int) -> dict:
     """Compute differences, paired question by question; empty if the predictions of one side are missing."""
     sides = [read_answers(run, evaluation).values() for evaluation in (after, before)]
+    shared = after.file.scores.keys() & before.file.scores.keys() & set(METRICS)  # a plugin may not be loaded
     changes = {}
-    for metric in after.file.scores.keys() & before.file.scores.keys() if all(sides) else ():
-        if metric not in METRICS:  # a plugin that this process does not have
-            continue
+    for metric in shared if all(sides) else ():
         recorded = after.file.content["scores"][metric]
         settings = {name: recorded.get(name) for name in setting_names(METRICS.get(metric))}
         try:
             compared = compare_vqa(*sides, metric, bootstrap_samples=bootstrap_samples, **settings)
         except UserError:
-            run.notes.append(
-                f"{after.label} and {before.label} did not answer the same questions of {after.benchmark}, so no "
-                "difference is shown."
-            )
+            run.notes.append(f"{after.label} and {before.label} did not answer the same questions: no differences.")
             return {}
         changes |= {(metric, path): leaf for path, leaf in iter_figures(compared)}
     return changes
