@@ -19,8 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medst_trl import score_vqa
+from medst_trl.evaluation.questions import answer_type
 from medst_trl.evaluation.scoring import score_records
-from medst_trl.interop.predictions.questions import answer_type
 
 
 if TYPE_CHECKING:
