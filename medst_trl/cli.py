@@ -45,7 +45,7 @@ from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import Option, as_count, convert, parse, read_options, take
+from medst_trl.pipeline.options import Options, as_count, convert, parse, read_options, take, take_flag
 from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
 from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 from medst_trl.pipeline.record import RUN_VARIABLE
@@ -152,10 +152,9 @@ def run_recipe(argv: list[str]) -> int | None:
         print(help_in(run_recipe))
         return 0
     source, which, options = _read_command("medst run", argv)
-    is_plan, options = take(options, "dry_run", is_flag=True)
     if launch.is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {source}")
-    if is_plan:
+    if take_flag(options, "dry_run"):
         from medst_trl.pipeline.plan.plan import print_plan
 
         return print_plan(source, options, which)
@@ -163,7 +162,7 @@ def run_recipe(argv: list[str]) -> int | None:
     steps = recipe.steps(which, check=_check)
     for note in recipe.unused_options(steps):
         print(f"Note: {note}", file=sys.stderr)
-    if which is None and any(option.key == "overwrite" and option.target is None for option in options):
+    if which is None and "overwrite" in options.get("", ()):
         _confirm_overwrite(steps)
     code = _run_steps(steps, [_command(recipe.path, step, argv[1:]) for step in steps])
     if code == 0:
@@ -173,13 +172,12 @@ def run_recipe(argv: list[str]) -> int | None:
     return code
 
 
-def _read_command(command: str, argv: Sequence[str]) -> tuple[str, str | None, list[Option]]:
+def _read_command(command: str, argv: Sequence[str]) -> tuple[str, str | None, Options]:
     """The recipe, the stage and the other options of a command line."""
     words, options = read_options(argv)
     if len(words) != 1:
         raise UserError(f"{command} takes one recipe, not {len(words)}. See `{command} --help`.")
-    which, options = take(options, "stage")
-    return words[0], which, options
+    return words[0], take(options, "stage"), options
 
 
 def _check(step: Step) -> None:
@@ -244,7 +242,7 @@ def run_launched(argv: list[str]) -> int | None:
         print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
         return 0
     source, which, options = _read_command("python -m medst_trl", argv)
-    if take(options, "dry_run", is_flag=True)[0]:
+    if take_flag(options, "dry_run"):
         raise UserError(f"--dry_run does not run under a launcher. Use `medst run {source} --dry_run`.")
     steps = read_recipe(source, options).steps(which)
     _check_launch(steps, source)
@@ -282,14 +280,12 @@ def _stage(stage: Stage, argv: list[str]) -> int | None:
     words, options = read_options(argv)
     if words:
         raise UserError(f"{name}: unknown option {words[0]!r}. See `{name} --help`.")
-    file, options = take(options, "config")
-    config, options = take(options, "accelerate_config")
-    number, options = take(options, "num_processes")
-    own = {option.name.removeprefix("--"): option.value for option in options}
-    own = convert(stage.make_parser(), own, name)
+    file = take(options, "config")
     step = step_of_file(stage, file) if file else Step(stage, stage.name, {}, name)
-    config = config or step.accelerate_config
-    num_processes = as_count(number, "num_processes", name) or step.num_processes
+    config = take(options, "accelerate_config") or step.accelerate_config
+    num_processes = as_count(take(options, "num_processes"), "num_processes", name) or step.num_processes
+    own = {f"{target}.{key}".removeprefix("."): value for target in options for key, value in options[target].items()}
+    own = convert(stage.make_parser(), own, name)
     if (config or num_processes) and not stage.distributed:
         raise UserError(f"{name} runs in a single process and takes neither accelerate_config nor num_processes.")
     if (config or num_processes) and not launch.is_launched():
@@ -325,7 +321,7 @@ def run_stage(stage: Stage, arguments: Sequence[Any]) -> None:
 # medst recipes
 
 
-def _recipes(argv: list[str]) -> int | None:
+def _recipes(argv: list[str]) -> None:
     """
     List, show, copy or validate recipes.
 
@@ -340,6 +336,8 @@ def _recipes(argv: list[str]) -> int | None:
     `medst run RECIPE --dry_run` that needs none of these.
     """
     match argv:
+        case [] | [*_, "-h" | "--help"]:
+            print(help_in(_recipes))
         case ["ls"]:
             recipes = packaged_recipes()
             width = max(map(len, recipes), default=0) + 2
@@ -355,25 +353,13 @@ def _recipes(argv: list[str]) -> int | None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, copy)  # with its executable bit
             print(f"Copied to {copy}. Edit it, then run `medst run {copy}`.")
-        case ["show" | "cp" | "validate"]:
-            raise UserError(f"medst recipes {argv[0]} takes a recipe. `medst recipes ls` lists them.")
         case ["validate", *words]:
-            return _validate(words)
-        case [] | ["-h" | "--help"]:
-            print(help_in(_recipes))
+            from medst_trl.pipeline.plan.plan import print_plan
+
+            recipe, which, options = _read_command("medst recipes validate", words)
+            print_plan(recipe, options, which, with_models=False)
         case _:
             raise UserError(f"Unknown command: medst recipes {' '.join(argv)}. See `medst recipes --help`.")
-
-
-def _validate(argv: list[str]) -> int:
-    from medst_trl.pipeline.plan.plan import print_plan
-
-    words, options = read_options(argv)
-    which, options = take(options, "stage")
-    if len(words) != 1:
-        raise UserError(f"medst recipes validate takes one recipe, not {len(words)}.")
-    print_plan(words[0], options, which, with_models=False)
-    return 0
 
 
 if __name__ == "__main__":

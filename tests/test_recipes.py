@@ -24,7 +24,6 @@ from medst_trl.cli import main
 from medst_trl.cli import run_launched as run_recipe
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.options import Option
 from medst_trl.pipeline.plan.plan import print_plan
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import stage_arguments
@@ -88,7 +87,7 @@ def test_the_header_describes_the_recipe_and_how_to_run_it(path):
 def test_a_recipe_is_valid_with_its_data(path, with_data, capsys):
     path = with_data(path)
     for number in ("1",) if "single_gpu" in path.read_text() else ("1", "4", "8"):
-        print_plan(path, [Option(None, "num_processes", number)], with_models=False)
+        print_plan(path, {"": {"num_processes": number}}, with_models=False)
         assert [*read_plan(capsys.readouterr().out)][1:] == [step.label for step in read_recipe(path).steps()]
 
 
@@ -175,7 +174,7 @@ def test_the_dimensions_match_the_published_models(name, real_dimensions):
 def test_trained_parameters_equal_those_computed_by_hand(path, real_dimensions):
     steps = read_recipe(path).steps()
     names = {step.label: step.settings.get("model_name_or_path") for step in steps if step.stage.name == "sft"}
-    options = [Option(label, "model_name_or_path", real_dimensions(name)) for label, name in names.items()]
+    options = {label: {"model_name_or_path": real_dimensions(name)} for label, name in names.items()}
     steps = read_recipe(path, options).steps()
     for step in steps:
         if step.stage.name in TRAIN:

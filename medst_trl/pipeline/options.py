@@ -10,7 +10,6 @@ they are in its file or on the command line, so an invalid one is reported with 
 import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from medst_trl.base.errors import Problems, UserError, closest, located
@@ -20,34 +19,14 @@ from medst_trl.base.redaction import is_secret_key
 # Options of `medst run` and `python -m medst_trl`
 
 
-@dataclass(frozen=True)
-class Option:
-    """
-    One setting on the command line of a recipe.
-
-    Args:
-        target (`str` or `None`):
-            `"sft"` or `"prepare/<name>"` for `--sft.key` or `--prepare/<name>.key`; None for a plain `--key`, which
-            applies to every stage that has this setting.
-        key (`str`):
-            The setting.
-        value (`str` or `tuple` of `str`):
-            The word after it; a tuple if there are several or none.
-    """
-
-    target: str | None
-    key: str
-    value: Any
-
-    @property
-    def name(self) -> str:
-        return f"--{self.target}.{self.key}" if self.target else f"--{self.key}"
-
+# Settings on a command line, by section: `"sft"`, `"prepare/<name>"`, or `""` for a plain `--key`, which applies to
+# every stage that has this setting. A value is the word after the key, or a tuple if there are several words or none.
+Options = dict[str, dict[str, str | tuple[str, ...]]]
 
 _ASSIGNMENT = re.compile(r"[a-z][\w/.-]*\.\w+=.*", re.DOTALL)
 
 
-def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
+def read_options(argv: Sequence[str]) -> tuple[list[str], Options]:
     """
     Split the command line of a recipe into leading words and options.
 
@@ -56,13 +35,13 @@ def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
             `recipe [recipe ...] [--key value] [--key=value] [--flag] [--section.key value] [section.key=value]`
 
     Returns:
-        The words before the first option, and the options in order.
+        The words before the first option, and the options. If one is repeated, the last counts.
 
     Raises:
         UserError: for a secret, which other users of the machine could read.
     """
     rest = list(argv)
-    words, options = [], []
+    words, options = [], {}
     while rest and not _opens_option(rest[0]):
         words.append(rest.pop(0))
     while rest:
@@ -72,8 +51,8 @@ def read_options(argv: Sequence[str]) -> tuple[list[str], list[Option]]:
             values.append(rest.pop(0))
         target, _, key = name.rpartition(".")
         value = values[0] if len(values) == 1 else tuple(values)
-        options.append(Option(target or None, key.replace("-", "_"), value))
-    refuse_secrets(option.key for option in options)
+        options.setdefault(target, {})[key.replace("-", "_")] = value
+    refuse_secrets(key for section in options.values() for key in section)
     return words, options
 
 
@@ -81,15 +60,20 @@ def _opens_option(word: str) -> bool:
     return word.startswith("--") or bool(_ASSIGNMENT.fullmatch(word))
 
 
-def take(options: Sequence[Option], key: str, *, is_flag: bool = False) -> tuple[Any, list[Option]]:
-    """Return the value of an option for all stages (None or False if it is missing), and the other options."""
-    own = [option.value for option in options if option.target is None and option.key == key]
-    rest = [option for option in options if option.target is not None or option.key != key]
-    if is_flag and not any(own):
-        return bool(own), rest
-    if is_flag or not all(isinstance(value, str) for value in own):
-        raise UserError(f"--{key} takes {'no' if is_flag else 'one'} value.")
-    return own[-1] if own else None, rest
+def take(options: Options, key: str) -> str | None:
+    """Remove an option for all stages, and return its value; None if it is missing."""
+    value = options.get("", {}).pop(key, None)
+    if isinstance(value, tuple):
+        raise UserError(f"--{key} takes one value.")
+    return value
+
+
+def take_flag(options: Options, key: str) -> bool:
+    """Remove a flag for all stages, and return whether it was there."""
+    value = options.get("", {}).pop(key, None)
+    if value:
+        raise UserError(f"--{key} takes no value.")
+    return value is not None
 
 
 def refuse_secrets(keys: Iterable[str]) -> None:

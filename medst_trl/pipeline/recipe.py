@@ -46,7 +46,7 @@ from typing import Any
 from medst_trl.base.errors import Problems, UserError, closest
 from medst_trl.base.registry import PLUGINS_VARIABLE
 
-from .options import Option, actions_of, as_count, convert
+from .options import Options, actions_of, as_count, convert
 from .recipe_files import find_recipe, read_yaml
 from .record import RECORD_FILE, is_complete
 from .stage import MODEL, RUN, STAGES, Stage
@@ -132,15 +132,15 @@ class Recipe:
             The file, for messages.
         content (`dict`):
             The content of the file.
-        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
+        options ([`~medst_trl.pipeline.options.Options`], *optional*):
             Settings from the command line.
     """
 
-    def __init__(self, path: str, content: Mapping[str, Any], options: Sequence[Option] = ()):
+    def __init__(self, path: str, content: Mapping[str, Any], options: Options | None = None):
         self.path = path
         self.sections = {name: _items_of(path, name, content[name]) for name in STAGES if name in content}
         self.shared = {key: value for key, value in content.items() if key not in STAGES}
-        self.options = options
+        self.options = options or {}
         self._parser = cache(lambda name: STAGES.get(name).make_parser())  # those of the training stages import torch
         if not self.sections:
             raise UserError(
@@ -190,9 +190,9 @@ class Recipe:
         if not chosen:
             raise UserError(self._no_section(which))
         steps, problems = [], Problems()
-        for option in self.options:
+        for target in self.options:
             with problems.collect():
-                self._check_target(option)
+                self._check_options(target)
         for key in self.shared | self._shared_options:
             with problems.collect():
                 self._check_shared_key(key, first=[step.stage.name for step in chosen])
@@ -241,14 +241,14 @@ class Recipe:
             settings |= self._round_inputs(step, settings) | self._section_options(step.label)
         return {key: self._with_directories(value, step) for key, value in settings.items()}
 
-    @cached_property
+    @property
     def _shared_options(self) -> dict[str, Any]:
         """The options for all stages (`--key`)."""
-        return {option.key: option.value for option in self.options if option.target is None}
+        return self.options.get("", {})
 
     def _section_options(self, *targets: str) -> dict[str, Any]:
         """The options for these sections (`--section.key`); later sections win."""
-        return {option.key: option.value for name in targets for option in self.options if option.target == name}
+        return {key: value for name in targets for key, value in self.options.get(name, {}).items()}
 
     def _default_inputs(self, step: _Item, settings: Mapping[str, Any]) -> dict[str, str]:
         """
@@ -357,12 +357,15 @@ class Recipe:
         """The settings that a stage takes from the top level of the recipe and from `--key`."""
         return self._keys(stage) - stage.not_shared
 
-    def _check_target(self, option: Option) -> None:
-        """Check that an option is for all stages or for a section."""
-        if option.target is not None and option.target not in self.labels:
-            raise UserError(f"{option.name}: {self._no_section(option.target)}")
-        if re.fullmatch(r"round_\d+", option.target or ""):
-            raise UserError(f"{option.name}: name a section, such as {option.target}/dpo.")
+    def _check_options(self, target: str) -> None:
+        """Check that options for a section name one, and that those for the run and its launchers have a value."""
+        options = self.options[target]
+        if flags := [key for key in RECIPE_KEYS if isinstance(options.get(key), tuple)]:
+            raise UserError(f"--{flags[0]} takes one value.")
+        if target and target not in self.labels:
+            raise UserError(f"--{target}.{next(iter(options))}: {self._no_section(target)}")
+        if re.fullmatch(r"round_\d+", target):
+            raise UserError(f"--{target}.{next(iter(options))}: name a section, such as {target}/dpo.")
 
     def _check_shared_key(self, key: str, first: Sequence[str]) -> None:
         """Check that a stage here takes a shared key. Those in `first` come first: it imports less."""
@@ -400,14 +403,14 @@ def _items_of(path: str, name: str, section: Any) -> list[dict[str, Any]]:
 # Reading
 
 
-def read_recipe(source: str | os.PathLike, options: Sequence[Option] = ()) -> Recipe:
+def read_recipe(source: str | os.PathLike, options: Options | None = None) -> Recipe:
     """
     Read a recipe, and set the environment variables in its `env`, as TRL does.
 
     Args:
         source (`str` or `os.PathLike`):
             A file, or the name of a packaged recipe (`"demo"`).
-        options (sequence of [`~medst_trl.pipeline.options.Option`], *optional*):
+        options ([`~medst_trl.pipeline.options.Options`], *optional*):
             Settings from the command line.
 
     Raises:

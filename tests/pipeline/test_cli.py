@@ -193,7 +193,8 @@ def test_help_leaves_out_the_negative_spelling_of_flags(capsys):
         (["run", "a.yaml", "b.yaml"], "takes one recipe, not 2"),
         (["run", "--stage", "sft"], "takes one recipe, not 0"),
         (["recipes", "rm", "demo"], "Unknown command: medst recipes rm demo"),
-        (["recipes", "validate"], "medst recipes validate takes a recipe. `medst recipes ls` lists"),
+        (["recipes", "validate"], "medst recipes validate takes one recipe, not 0."),
+        (["recipes", "show"], "Unknown command: medst recipes show. See `medst recipes --help`."),
     ],
 )
 def test_an_invalid_command_prints_one_message_to_stderr(argv, message, capsys):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.options import Option, actions_of, read_options
+from medst_trl.pipeline.options import actions_of, read_options
 from medst_trl.pipeline.recipe import read_recipe, step_of_file
 from medst_trl.pipeline.recipe_files import packaged_recipes
 from medst_trl.pipeline.stage import STAGES, Stage
@@ -324,12 +324,7 @@ def test_leading_words_are_recipes():
     options = ["--learning-rate", "-1e-4", "sft.x=1 = 2", "--prepare/vqa-rad.a", "1", "2", "--flag"]
     assert read_options(["a.yaml", "b.yaml", *options]) == (
         ["a.yaml", "b.yaml"],
-        [
-            Option(None, "learning_rate", "-1e-4"),
-            Option("sft", "x", "1 = 2"),
-            Option("prepare/vqa-rad", "a", ("1", "2")),
-            Option(None, "flag", ()),
-        ],
+        {"": {"learning_rate": "-1e-4", "flag": ()}, "sft": {"x": "1 = 2"}, "prepare/vqa-rad": {"a": ("1", "2")}},
     )
 
 
@@ -339,6 +334,8 @@ def test_leading_words_are_recipes():
         (["--base.output_dir"], "section base: output_dir: expected one value, not 0"),
         (["--base.seed", "1", "2"], "section base: seed: expected one value, not 2"),
         (["--sft.dataset"], "section sft: dataset: expected one value, not 0"),
+        (["--output_dir"], "--output_dir takes one value."),
+        (["--sft.accelerate_config", "zero2", "zero3"], "--accelerate_config takes one value."),
     ],
 )
 def test_an_option_with_the_wrong_number_of_values_is_refused(tmp_path, words, message):

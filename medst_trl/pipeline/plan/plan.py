@@ -18,7 +18,7 @@ from medst_trl.engines.engine import ENGINES
 from medst_trl.hub import HubArguments, check_push
 from medst_trl.pipeline.batch import Batch
 from medst_trl.pipeline.launch import Hardware
-from medst_trl.pipeline.options import Option
+from medst_trl.pipeline.options import Options
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.record import changes_of
 from medst_trl.pipeline.stage import FILE, RUN
@@ -35,7 +35,7 @@ LABEL = 12  # width of the labels
 _WEIGHTS = (".safetensors", ".bin")  # transformers downloads the first of these that a repository has
 
 
-def print_plan(source: str, options: Sequence[Option], which: str | None = None, with_models: bool = True) -> None:
+def print_plan(source: str, options: Options, which: str | None = None, with_models: bool = True) -> None:
     """
     Print the plan of a recipe, for `medst run RECIPE --dry_run` and `medst recipes validate`. Nothing is run.
 
@@ -46,7 +46,7 @@ def print_plan(source: str, options: Sequence[Option], which: str | None = None,
     Args:
         source (`str`):
             The recipe.
-        options (sequence of [`~medst_trl.pipeline.options.Option`]):
+        options ([`~medst_trl.pipeline.options.Options`]):
             The options of the command line.
         which (`str`, *optional*):
             The steps to plan, as for `recipe.steps`.

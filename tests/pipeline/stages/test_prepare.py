@@ -541,7 +541,7 @@ def test_of_a_benchmark_its_questions_and_images_are_compared(tmp_path, inside):
 def test_a_window_may_be_below_zero_on_the_command_line_and_in_a_recipe():
     parser = STAGE.make_parser()
     for words in (["--window", "-600,1500"], ["--window=-600,1500"], ["--frames", "all", "--window", "-600,1500"]):
-        given = {option.key: option.value for option in read_options(words)[1]}
+        given = read_options(words)[1][""]
         assert ImageSettings(**convert(parser, given, "medst prepare")).shown_range == (-1350, 150)
     for value, index in ((2, 1), ("2", 1), ("40,400", 0)):
         assert ImageSettings(**convert(parser, {"window": value}, "recipe")).window_index == index
