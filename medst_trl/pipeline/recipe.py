@@ -162,7 +162,7 @@ class Recipe:
     @property
     def labels(self) -> list[str]:
         """The sections, the items of those that are lists, and the rounds."""
-        in_rounds = [step for step in self._items if step.stage.repeats or step.stage.joins_rounds]
+        in_rounds = [step for step in self._items if step.stage.repeats or step.stage.runs_in_rounds]
         labels = [*self.sections, *(step.section for step in self._items)]
         for number in range(1, (self.rounds or 0) + 1):
             labels += [f"round_{number}", *(replace(step, round=number).label for step in in_rounds)]
@@ -262,7 +262,7 @@ class Recipe:
                 continue
             if item.kind == RUN:
                 inputs[item.key] = self.output_dir
-            elif (made := item.default_among(earlier)) and "name" not in self.sections[made[0].name][0]:
+            elif (made := item.find_default(earlier)) and "name" not in self.sections[made[0].name][0]:
                 inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
         return inputs
 
@@ -335,13 +335,13 @@ class Recipe:
         if any(step.stage.repeats and "name" in step.content for step in steps):
             raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} must be one section each, not lists.")
         later = order[order.index(repeats[-1]) + 1 :]
-        last = [step for step in steps if step.stage.name in later and not step.stage.joins_rounds]
+        last = [step for step in steps if step.stage.name in later and not step.stage.runs_in_rounds]
         first = [step for step in steps if step not in repeated and step not in last]
         return [*first, *(replace(step, round=n) for n in range(1, self.rounds + 1) for step in repeated), *last]
 
     def _reads_a_round(self, step: _Item) -> bool:
-        """Whether a stage that joins rounds reads what a round makes. Otherwise it needs to run only once."""
-        if not step.stage.joins_rounds:
+        """Whether a stage that runs in rounds reads what a round makes. Otherwise it runs once."""
+        if not step.stage.runs_in_rounds:
             return False
         directory = self._directory_of_round(1)
         settings = self._merge(replace(step, round=1)) | {"output_dir": None}

@@ -85,12 +85,12 @@ class Count:
 
 
 class RowCounter(Protocol):
-    """Answers the questions of `Output.count` and `Stage.plan` about the other steps of the recipe."""
+    """Counts the rows of datasets, also of those that an earlier step will make."""
 
     def rows(self, directory: str, split: str) -> Count:
         """The number of rows in a split of a dataset, on disk or made by an earlier step."""
 
-    def settings_behind(self, directory: str) -> Mapping[str, Any]:
+    def settings_of_maker(self, directory: str) -> Mapping[str, Any]:
         """The settings of the step that makes a dataset; empty if no step of the recipe does."""
 
 
@@ -116,7 +116,7 @@ class Input:
             The setting that names the split.
         default_split (`str`):
             The split if that setting is not given.
-        unless (`str`, *optional*):
+        replaced_by (`str`, *optional*):
             A setting that replaces this input: if it is given, there is no default.
         is_remote (`Callable`, *optional*):
             Takes the settings and returns whether the value is a name on a server, so that nothing is looked up on
@@ -130,7 +130,7 @@ class Input:
     alternatives: tuple[str, ...] = ()
     split: str | None = None
     default_split: str = "train"
-    unless: str | None = None
+    replaced_by: str | None = None
     is_remote: Callable[[Mapping[str, Any]], bool] = field(default=lambda settings: False)
 
     @property
@@ -143,7 +143,7 @@ class Input:
 
     def is_replaced(self, settings: Mapping[str, Any]) -> bool:
         """Whether the setting that replaces this input is given."""
-        return self.unless is not None and settings.get(self.unless) is not None
+        return self.replaced_by is not None and settings.get(self.replaced_by) is not None
 
     def split_in(self, settings: Mapping[str, Any]) -> str:
         """The split that the settings name."""
@@ -156,7 +156,7 @@ class Input:
             return []
         return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
 
-    def default_among(self, stages: "Iterable[Stage]") -> "tuple[Stage, Output] | None":
+    def find_default(self, stages: "Iterable[Stage]") -> "tuple[Stage, Output] | None":
         """Return the first of the stages that has an output that can be the default, and that output."""
         made = ((stage, output) for stage in stages for output in stage.outputs if output.kind == self.kind)
         return next((found for found in made if self.has_default and self.accepts(*found)), None)
@@ -219,7 +219,7 @@ class Stage:
             Stages before it. It is listed and run directly after the last of them.
         repeats (`bool`):
             Whether every round of `rounds: N` runs it. Stages after the last one that repeats run after all rounds.
-        joins_rounds (`bool`):
+        runs_in_rounds (`bool`):
             Whether a round runs it if it reads what the round makes; otherwise it runs before the rounds.
         advances (`(str, str)`, *optional*):
             The settings for the number of records to skip and to use. Each round uses the records that follow those of
@@ -258,7 +258,7 @@ class Stage:
     check: Callable[..., Any] | None = None
     after: tuple[str, ...] = ()
     repeats: bool = False
-    joins_rounds: bool = False
+    runs_in_rounds: bool = False
     advances: tuple[str, str] | None = None
     distributed: bool = False
     trains: str | None = None

@@ -83,7 +83,9 @@ def test_inputs_of_stages_are_settings():
         keys = set(actions_of(stage.make_parser()))
         # `report` and `push` need no record.
         records = {"output_dir", "overwrite"} if stage.name not in ("report", "push") else set()
-        named = {name for item in stage.inputs for name in (item.key, item.split, item.unless) if name is not None}
+        named = {
+            name for item in stage.inputs for name in (item.key, item.split, item.replaced_by) if name is not None
+        }
         # The stages that train share patterns, some of which are for one of them or for other versions of TRL.
         operational = set() if stage.trains else stage.operational
         assert named | records | operational <= keys

@@ -170,7 +170,7 @@ def test_a_default_input_is_the_output_of_its_kind_of_the_nearest_earlier_stage(
     def makers(name, key):
         stage, found = STAGES.get(name), []
         earlier = [STAGES.get(other) for other in reversed(list(STAGES)[: list(STAGES).index(name)])]
-        while made := stage.input(key).default_among(earlier):
+        while made := stage.input(key).find_default(earlier):
             found.append((made[0].name, made[1].directory))
             earlier = earlier[earlier.index(made[0]) + 1 :]
         return found

@@ -252,7 +252,7 @@ class RecipeCounts:
             return replace(count, depends_on=step.label) if count.number is None else count
         return Count(None, depends_on=directory)
 
-    def settings_behind(self, directory: str) -> Mapping[str, Any]:
+    def settings_of_maker(self, directory: str) -> Mapping[str, Any]:
         step, _ = maker_of(directory, self.steps)
         return {} if step is None else step.settings
 

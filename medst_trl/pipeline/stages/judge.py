@@ -291,7 +291,7 @@ def pairs_to_judge(settings: Mapping[str, Any], counter: RowCounter) -> Count:
     if "candidates" not in settings:
         return Count(None, depends_on="candidates")
     candidates = counter.rows(settings["candidates"], settings.get("split", "train"))
-    return candidates.times(counter.settings_behind(settings["candidates"]).get("num_answers", 2) // 2)
+    return candidates.times(counter.settings_of_maker(settings["candidates"]).get("num_answers", 2) // 2)
 
 
 def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Count:
