@@ -136,9 +136,8 @@ def convert(
                 raise UserError(f"{where}: {key} has no value. Set one, or delete the key for its default.")
             converted[key] = _convert(actions[key], value, f"{where}: {key}")
     missing = [key for key, action in actions.items() if action.required and settings.get(key) is None]
-    with problems.collect():
-        if complete and missing:
-            raise UserError(f"{where}: {' and '.join(missing)} must be set. See `{parser.prog} --help`.")
+    if complete and missing:
+        problems.messages.append(f"{where}: {' and '.join(missing)} must be set. See `{parser.prog} --help`.")
     problems.report()
     return converted
 

@@ -222,18 +222,16 @@ class Recipe:
             if key in own and not stage.distributed:
                 raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
         settings = self._merge(step)
-        config, number = (settings.pop(key, None) for key in LAUNCH_KEYS)
-        number = as_count(number, "num_processes", where)
+        config = settings.pop("accelerate_config", None)
+        number = as_count(settings.pop("num_processes", None), "num_processes", where)
         settings = convert(self._parser(stage.name), settings, where, complete)
         return Step(stage, step.label, settings, where, config, number, frozenset(own))
 
     def _merge(self, step: _Item) -> dict[str, Any]:
         """Merge the settings of a step, in the order in the docstring of this module."""
         taken = self._shared_keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
-        shared, options = (
-            {key: value for key, value in settings.items() if key in taken}
-            for settings in (self.shared, self._shared_options)
-        )
+        shared = {key: value for key, value in self.shared.items() if key in taken}
+        options = {key: value for key, value in self._shared_options.items() if key in taken}
         settings = {"output_dir": str(Path(self.output_dir, step.label))}
         settings |= shared | step.settings | options | self._section_options(*step.targets)
         settings = self._default_inputs(step, settings) | settings
