@@ -99,7 +99,7 @@ class Run:
         found: list[StageRun] = []
         while name and (maker := self._maker(reader, name)) is not None and maker not in found:
             found.append(maker)
-            keys = [key for item in maker.stage.inputs if item.kind == MODEL for key in (item.key, item.unless)]
+            keys = [key for item in maker.stage.inputs if item.kind == MODEL for key in (item.key, item.replaced_by)]
             names = (maker.settings.get(key) for key in keys)
             reader, name = maker, next((value for value in names if value and isinstance(value, str)), "")
         return found
