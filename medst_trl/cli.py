@@ -45,7 +45,7 @@ from medst_trl.base.files import is_full_disk
 from medst_trl.base.processes import NOT_DISTRIBUTED, launched_kind, leave_peers, rank, world_size
 from medst_trl.base.registry import add_plugins
 from medst_trl.pipeline import launch
-from medst_trl.pipeline.options import Options, as_count, convert, parse, read_options, take, take_flag
+from medst_trl.pipeline.options import Options, as_count, convert, parse, read_options, take
 from medst_trl.pipeline.recipe import Step, read_recipe, step_of_file
 from medst_trl.pipeline.recipe_files import find_recipe, packaged_recipes, summary
 from medst_trl.pipeline.record import RUN_VARIABLE
@@ -154,7 +154,7 @@ def run_recipe(argv: list[str]) -> int | None:
     source, which, options = _read_command("medst run", argv)
     if launch.is_launched():
         raise UserError(f"medst run starts the launcher itself. Under one: accelerate launch -m medst_trl {source}")
-    if take_flag(options, "dry_run"):
+    if options[""].pop("dry_run", None) is not None:
         from medst_trl.pipeline.plan.plan import print_plan
 
         return print_plan(source, options, which)
@@ -162,7 +162,7 @@ def run_recipe(argv: list[str]) -> int | None:
     steps = recipe.steps(which, check=_check)
     for note in recipe.unused_options(steps):
         print(f"Note: {note}", file=sys.stderr)
-    if which is None and "overwrite" in options.get("", ()):
+    if which is None and "overwrite" in options[""]:
         _confirm_overwrite(steps)
     code = _run_steps(steps, [_command(recipe.path, step, argv[1:]) for step in steps])
     if code == 0:
@@ -242,7 +242,7 @@ def run_launched(argv: list[str]) -> int | None:
         print(help_in(run_launched), help_in(run_recipe).partition("\n")[2], sep="\n")
         return 0
     source, which, options = _read_command("python -m medst_trl", argv)
-    if take_flag(options, "dry_run"):
+    if "dry_run" in options[""]:
         raise UserError(f"--dry_run does not run under a launcher. Use `medst run {source} --dry_run`.")
     steps = read_recipe(source, options).steps(which)
     _check_launch(steps, source)

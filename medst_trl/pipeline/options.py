@@ -41,7 +41,7 @@ def read_options(argv: Sequence[str]) -> tuple[list[str], Options]:
         UserError: for a secret, which other users of the machine could read.
     """
     rest = list(argv)
-    words, options = [], {}
+    words, options = [], {"": {}}
     while rest and not _opens_option(rest[0]):
         words.append(rest.pop(0))
     while rest:
@@ -62,18 +62,10 @@ def _opens_option(word: str) -> bool:
 
 def take(options: Options, key: str) -> str | None:
     """Remove an option for all stages, and return its value; None if it is missing."""
-    value = options.get("", {}).pop(key, None)
+    value = options[""].pop(key, None)
     if isinstance(value, tuple):
         raise UserError(f"--{key} takes one value.")
     return value
-
-
-def take_flag(options: Options, key: str) -> bool:
-    """Remove a flag for all stages, and return whether it was there."""
-    value = options.get("", {}).pop(key, None)
-    if value:
-        raise UserError(f"--{key} takes no value.")
-    return value is not None
 
 
 def refuse_secrets(keys: Iterable[str]) -> None:

@@ -186,7 +186,6 @@ def test_help_leaves_out_the_negative_spelling_of_flags(capsys):
         (["base", "--output_dir"], "output_dir: expected one value, not 0"),
         (["prepare", "--output_dir", "x", "--source", "phantoms", "--num_processes", "2"], "single process"),
         (["base", "--config"], "--config takes one value."),
-        (["run", "demo", "--dry_run", "false"], "--dry_run takes no value."),
         (["evaluate", "--machine_rank", "1"], "unknown key 'machine_rank'"),  # of `accelerate launch`
         (["base", "--api_key=very-secret"], "secrets do not belong"),
         (["run", "no_such_recipe"], "no such file or packaged recipe"),
