@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.settings import check_choice, make_lists
+from medst_trl.base.settings import check_bounds, check_choice, make_lists
 from medst_trl.data.conform import conform, missing_columns
 from medst_trl.data.identify import with_image_ids
 from medst_trl.policy.adapters import train_in_full_precision
@@ -47,9 +47,8 @@ class MultimodalDPOConfig(MultimodalDPOSettings, DPOConfig):
         make_lists(self, "loss_type")
         check_losses(self.loss_type, self)  # TRL finds an unknown one only in the first step
         # Not batch_rebalance: it needs a column of lengths, which pairs lack.
-        check_choice("train_sampling_strategy", self.train_sampling_strategy or "", SAMPLING_STRATEGIES)
-        if self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}. It must be above 0.")
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        check_bounds(self, above={"beta": 0})
         if self.precompute_ref_log_probs and self.sync_ref_model:
             raise ValueError("precompute_ref_log_probs needs one reference for all steps; sync_ref_model changes it.")
         super().__post_init__()

@@ -149,16 +149,14 @@ def _reorder_images(batch: dict[str, Any], order: Sequence[int], images: Sequenc
     """Put images in the order of their conversations; `images` is the number of images per conversation."""
     if "pixel_values" not in batch or list(order) == sorted(order):
         return
-    if "pixel_attention_mask" in batch:  # Idefics3, SmolVLM: a row of image tiles for each conversation
-        for name in ("pixel_values", "pixel_attention_mask"):
-            batch[name] = batch[name][list(order)]
-        return
-    places = torch.arange(sum(images)).split(list(images))
-    places = torch.cat([places[document] for document in order])
+    names = {"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw"} & batch.keys()
+    places = list(order)  # Idefics3, SmolVLM: a row of image tiles for each conversation
+    if "pixel_attention_mask" not in batch:
+        of_conversation = torch.arange(sum(images)).split(list(images))
+        places = torch.cat([of_conversation[document] for document in order])
     if "image_grid_thw" in batch:  # Qwen: the patches of all images in one dimension
         patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
         batch["pixel_values"] = torch.cat([patches[place] for place in places])
-        batch["image_grid_thw"] = batch["image_grid_thw"][places]
-        return
-    for name in {"pixel_values", "image_sizes"} & batch.keys():
+        names.remove("pixel_values")
+    for name in names:
         batch[name] = batch[name][places]

@@ -73,15 +73,13 @@ class StopSignals(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal_number is None:
-            self.signal_number, self.received_at = number, time.monotonic()
+            self.signal_number, self.begun = number, time.monotonic()
             if number == signal.SIGHUP:
                 _leave_terminal()
             elif rank() == 0:  # not by print, which the signal may have interrupted
                 os.write(2, b"\nStopping with a checkpoint after this step. Another Ctrl-C stops at once.\n")
         # Processes of a launcher receive a signal themselves and from the launcher.
-        elif time.monotonic() - self.received_at > DUPLICATE_SECONDS or (
-            number == signal.SIGINT and world_size() == 1
-        ):
+        elif time.monotonic() - self.begun > DUPLICATE_SECONDS or (number == signal.SIGINT and world_size() == 1):
             _stop(number)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -22,7 +22,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_jsonl
 from medst_trl.data.schema import with_stored_images
 from medst_trl.policy.adapters import retie_lm_head, train_in_full_precision, write_base_file
-from medst_trl.policy.families import ModelParts, base_of, model_parts, trained_parameters
+from medst_trl.policy.families import base_of, model_parts, trained_parameters
 from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
@@ -94,11 +94,8 @@ class GroupsByLength:
             self._length_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)
-        # The Trainer would group these too and need their lengths.
-        return SequentialSampler(eval_dataset)
+    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+        return SequentialSampler(eval_dataset)  # the Trainer would group these too and need their lengths
 
 
 def datasets_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -202,10 +199,6 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         """Whether DeepSpeed shards the weights."""
         return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
 
-    def model_parts(self) -> ModelParts:
-        """The parts of the model under PEFT and distributed wrappers."""
-        return model_parts(self.accelerator.unwrap_model(self.model))
-
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trained parameters of each part."""
         counts = Counter()
@@ -220,7 +213,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        parts = self.model_parts()
+        parts = model_parts(self.accelerator.unwrap_model(self.model))
         rates = {"vision": self.args.vision_learning_rate, "projector": self.args.projector_learning_rate}
         names = {id(p): name.removeprefix("module.") for name, p in (model or self.model).named_parameters()}
         groups = {}

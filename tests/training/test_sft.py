@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import instruct_features, text_of
 from medst_trl.policy.adapters import adapter_config
+from medst_trl.policy.families import model_parts
 from medst_trl.policy.loading import load_policy
 from medst_trl.policy.vusr import add_vusr
 from medst_trl.training.collator import DataCollatorForSelfQuestioning, usable_conversations
@@ -51,7 +52,7 @@ def test_every_group_trains_at_its_own_learning_rate_and_other_weights_do_not_ch
             parameter.register_post_accumulate_grad_hook(partial(record_gradient, name))
     trainer.train()
 
-    parts, change = trainer.model_parts(), {}
+    parts, change = model_parts(trainer.model), {}
     for name, parameter in trainer.model.named_parameters():
         change[name] = (parameter - before[name]).abs().max().item()
         if not parameter.requires_grad:
