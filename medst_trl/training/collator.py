@@ -194,10 +194,7 @@ def usable_conversations(
     max_length, length_of = collator.max_length, length_counter(collator.processor)
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        try:
-            conversation = longest._conversation(example)
-        except (UserError, KeyError, TypeError) as error:
-            raise BadRecord("malformed", str(error)) from error
+        conversation = longest._conversation(example)
         if not _targets(conversation):
             raise BadRecord("nothing_to_train")
         length, estimate = length_of(example)

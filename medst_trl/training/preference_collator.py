@@ -165,10 +165,7 @@ def usable_pairs(
     image_tokens = {}
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        try:
-            pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
-        except (UserError, KeyError, TypeError) as error:
-            raise BadRecord("malformed", str(error)) from error
+        pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
         if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
             raise BadRecord("chosen_equals_rejected")
         rendered = [render_conversation(processor, conversation.messages) for conversation in pair]

@@ -18,7 +18,7 @@ from medst_trl.data.schema import with_stored_images
 from medst_trl.data.source import BadRecord
 from medst_trl.policy.families import EXTREME_ASPECT_RATIO, MAX_ASPECT_RATIO
 
-from .images import UnreadableImage, check_image, images_of, with_images
+from .images import check_image, images_of, with_images
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def usable_examples(
             Examples, see the collators.
         check (`Callable`):
             Returns the number of tokens of an example, which has the sizes of its images in their place, and whether
-            it is truncated. Raises [`BadRecord`] if it cannot be trained on.
+            it is truncated. Raises [`BadRecord`] if it cannot be trained on, or another error if it is malformed.
         max_length (`int` or `None`):
             Longest sequence in tokens, image tokens included.
         name (`str`, *optional*, defaults to `"train"`):
@@ -87,8 +87,8 @@ def usable_examples(
         try:
             sizes = [check_image(image) for image in images_of(example)]
             length, is_truncated = check(with_images(example, sizes))
-        except (BadRecord, UnreadableImage) as error:
-            reasons[place] = str(example.get("id") or place), error.reason
+        except (BadRecord, UserError, KeyError, TypeError) as error:
+            reasons[place] = str(example.get("id") or place), getattr(error, "reason", "malformed")
             problem = problem or getattr(error, "value", str(error))  # names a missing file
             continue
         except ValueError as error:  # a training stage takes it for one about its settings
