@@ -60,6 +60,7 @@ class Client:
     Attributes:
         events (`Counter`): Calls, and their problems.
         stop_error (`UserError` or `None`): Why the run has to stop.
+        has_read (`bool`): Whether a reply could be read, in this run or an earlier one.
     """
 
     model: str
@@ -87,7 +88,7 @@ class Client:
         self._fields = AcceptedFields()
         self._failed: dict[str, Outcome] = {}  # of calls without a reading in this run, by their key
         self._has_answered = False
-        self._ever_read = False  # a reply, in this run or an earlier one
+        self.has_read = False
         self._in_a_row: Counter[str] = Counter()
         self._secret = "none" if self.offline else api_key(self.settings.key_variable, self.base_url)
         self._openai = AsyncOpenAI(
@@ -188,7 +189,7 @@ class Client:
         attempts, failures = self.cache.attempts(call.key), self.cache.failures.get(call.key)
         for row in reversed(attempts):
             if (reading := call.read(row["reply"])) is not None:
-                self._ever_read = True
+                self.has_read = True
                 return Outcome(reading, None, [row], cached=True)
         if not self.offline:
             return self._failed.get(call.key)
@@ -207,7 +208,7 @@ class Client:
             if call.key is not None:
                 self.cache.add(attempts[-1])
             if (reading := call.read(attempts[-1]["reply"])) is not None:
-                self._ever_read = True
+                self.has_read = True
                 return Outcome(reading, None, attempts, cached=False)
         self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
         return Outcome(None, "unparsable", attempts, cached=False)
@@ -332,7 +333,7 @@ class Client:
         self._in_a_row[cause] += 1
         unreachable = error.kind in ("connection", "not_json", "error_body") and not self._has_answered
         always = self._in_a_row[cause] >= (1 if unreachable else GIVE_UP_AFTER)
-        if always and (is_retried or (cause in self.advice and not self._ever_read)):
+        if always and (is_retried or (cause in self.advice and not self.has_read)):
             self._stop(self.next_step(error))
 
     def next_step(self, error: CallError, offers: str = "") -> str:

@@ -299,7 +299,7 @@ def _count(settings: Mapping[str, Any], split: str, counter: RowCounter) -> Coun
 
 
 def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iterator[tuple[str, str]]:
-    """Return the stage's rows in a plan: the requests, and what they may cost."""
+    """Return the stage's rows in a plan: the requests, and their budget."""
     if local := chosen_judge(judges):
         yield "prompts", f"none: {local.summary}"
     elif args.read_batch:
@@ -308,11 +308,10 @@ def plan(counter: RowCounter, args: JudgeArguments, *judges: LocalJudge) -> Iter
         yield "prompts", f"none: they are written to {args.write_batch}"
     else:
         count = pairs_to_judge(vars(args), counter).times(2 if args.order == "both" else 1)
-        requests = "requests" if count.number is None else f"at most {count.number:,} requests"
+        unknown = f"requests (their number depends on {count.depends_on})"
+        requests = unknown if count.number is None else f"at most {count.number:,} requests"
         url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         yield "prompts", f"{requests} to {url}, model {args.model}"
-        if count.number is None:
-            yield "prompts", f"their number depends on {count.depends_on}"
         yield "prompts", args.budget_note
 
 

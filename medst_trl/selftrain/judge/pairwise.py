@@ -251,7 +251,6 @@ class PairwiseJudge(JudgeSettings):
         queue: deque[tuple[dict[str, Any], list[Call]]] = deque()  # pairs that are not judged yet, with their calls
         outcomes: dict[Call, Outcome] = {}
         missing: dict[str, CallError] = {}  # of calls without a result
-        is_read = False  # any reply
 
         def calls() -> Iterator[Call]:
             for pair, requests in self.requests(candidates):
@@ -265,14 +264,13 @@ class PairwiseJudge(JudgeSettings):
 
         for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
-            is_read = is_read or outcome.reading is not None
             if offline and outcome.reason == "request_failed" and call.key not in refused:
                 missing[call.key] = outcome.error
             yield from finished()
         yield from finished()
         if missing:
             raise _missing_results(missing.values(), fields, client)
-        if refused and not is_read:
+        if refused and not client.has_read:
             raise UserError(client.explain(next(iter(refused.values()))))
 
     def batch_failures(self, candidates: Iterable[Mapping[str, Any]]) -> tuple[AcceptedFields, dict[str, CallError]]:

@@ -52,10 +52,9 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     counts, dropped, margins, gaps = Counter(), Counter(), [], []
     requests: dict[str, dict[str, Any]] = {}
     for judgement in judgements:
-        counts.update(pairs=1, cut=bool(judgement.get("cut")))
         read = [order for order in judgement["orders"] if order["verdict"] is not None]
         decided = [order for order in read if order["verdict"] != "tie"]
-        counts.update(read=len(read), ties=len(read) - len(decided), decided=len(decided))
+        counts.update(pairs=1, cut=bool(judgement.get("cut")), read=len(read), decided=len(decided))
         counts.update(first_place=sum(order["verdict"] == order["shown"][0] for order in decided))
         if len(decided) == 2:
             counts.update(decided_twice=1, flips=decided[0]["verdict"] != decided[1]["verdict"])
@@ -75,7 +74,7 @@ def judge_statistics(judgements: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "judged": counts["pairs"] - dropped.total(),
         "dropped": dict(dropped.most_common()),
         "flip_rate": _share(counts["flips"], counts["decided_twice"]),
-        "tie_rate": _share(counts["ties"], counts["read"]),
+        "tie_rate": _share(counts["read"] - counts["decided"], counts["read"]),
         "first_place_rate": _share(counts["first_place"], counts["decided"]),
         "length_gap": _share(sum(gaps), len(gaps)),
         "longer_wins": _share(sum(gap > 0 for gap in unequal), len(unequal)),
