@@ -188,7 +188,7 @@ def test_a_loss_from_a_plugin_file_works_in_every_command(tmp_path):
     assert "mine.yaml is valid" in medst("recipes", "validate", "mine.yaml", *plugins)
     assert "loss_type: Unknown loss 'my_sigmoid'" in medst("recipes", "validate", "mine.yaml", code=2)
     assert "sigmoid + my_sigmoid, beta 0.1" in medst("run", "mine.yaml", "--dry_run", *plugins)
-    assert "Stage 2 is done: 1 steps" in medst("run", "mine.yaml", *plugins)
+    assert "Stage 2 is done: 1 step on" in medst("run", "mine.yaml", *plugins)
     record = json.loads((tmp_path / "run" / "dpo" / "stage.json").read_text())
     assert record["settings"]["loss_type"] == ["sigmoid", "my_sigmoid"]
     assert "my_sigmoid" in (tmp_path / "run" / "dpo" / "README.md").read_text()

@@ -12,13 +12,13 @@ for each of these (AdamW: two float32, 8; in 8 bit: 2), `b` bytes of an element 
     ZeRO-2            b F              b T       b T / n        (4 + s) T / n    a bucket of 5e8 elements
     ZeRO-3            b F / n          b T / n   b T / n        (4 + s) T / n    the bucket, and weights gathered for
                                                                                  use, 1e9 elements at most
-    FSDP2             w F / n          4 T / n   4 T / n        s T / n          the gathered weights, too
+    FSDP2             w F / n          4 T / n   4 T / n        s T / n          also the gathered weights
 
-What trains is kept in float32 except under DeepSpeed, which casts the whole model to `b` bytes and keeps float32
-copies of what trains in its optimizer. If every weight trains, it is kept in its own `dtype`: with two bytes, the 4
-and AdamW's `s` are halved. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for each 64
-of them, see `NF4`. The reference of DPO is a second adapter if one is trained further, nothing under a
-new adapter or if its log-probabilities are precomputed, and otherwise a second model.
+Trainable weights are kept in float32 except under DeepSpeed, which casts the whole model to `b` bytes and keeps
+float32 copies of them in its optimizer. If every weight trains, it is kept in its own `dtype`: with two bytes, the 4
+and AdamW's `s` are halved. A 4-bit base takes half a byte for each weight of its linear layers and 4 bytes for every
+64 of them, see `NF4`. The reference of DPO is a second adapter if one is trained further, nothing under a new adapter
+or if its log-probabilities are precomputed, and otherwise a second model.
 
 **Activations.** A rule for any transformer: a layer keeps for each token, in elements of `b` bytes (2 under bfloat16,
 else 4), the output of each linear layer, that of the activation function, and the input of each linear layer that
@@ -51,7 +51,7 @@ NCCL = 0.4 * GIB  # buffers between GPUs
 SECOND_ANSWER = 256  # tokens of a pair's other answer, if its prompt is shared
 DEFAULT_LENGTH = 2048  # if no max_length is set
 HEAD_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens, and entries of the vocabulary
-NF4 = 1 / 2 + (1 + 4 / 256) / 64  # bytes: 4 bits, and for each 64 weights a scale that is kept in a little over 8 bits
+NF4 = 1 / 2 + (1 + 4 / 256) / 64  # bytes: 4 bits, and for every 64 weights a scale of a little over 8 bits
 HEAD_COPIES_ON_CPU = 6  # in float32; a Triton kernel needs none
 MLP_GRADIENTS = 6  # hidden sizes
 DYNAMIC_IMAGE = 448  # pixels per side that are assumed if a model takes images of any size

@@ -455,6 +455,13 @@ def test_questions_are_counted_whatever_the_name_of_the_directory(tmp_path):
     assert _count_questions(str(directory), "test").number == 4
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "test.parquet"])
+def test_questions_of_other_files_are_not_counted(tmp_path, name):
+    rows = Dataset.from_dict({"question": ["a", "b"]})
+    (rows.to_json if name.endswith("jsonl") else rows.to_parquet)(tmp_path / name)
+    assert _count_questions(str(tmp_path), "test").number is None
+
+
 def test_a_check_changes_no_settings_and_the_batch_size_is_not_compared(inputs, tmp_path):
     arguments, settings = EvaluateArguments(output_dir=str(tmp_path), **inputs), TransformersSettings()
     check(arguments, settings)
