@@ -327,14 +327,10 @@ def _with_policy(args: TrainingStageArguments, training_args: Any, datasets: "di
     if hasattr(model, "peft_config") and rank() == 0:
         names = "lora_r, lora_alpha, lora_dropout, vision_lora_r and vision_lora_alpha"
         print(f"{args.model_name_or_path} is an adapter and keeps its shape: {names} have no effect.")
+    inputs = {"model": model, "processing_class": processor, "peft_config": peft_config}
     try:
         return args.make_trainer(
-            training_args,
-            model=model,
-            processing_class=processor,
-            peft_config=peft_config,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets.get("eval"),
+            training_args, train_dataset=datasets["train"], eval_dataset=datasets.get("eval"), **inputs
         )
     except (ValueError, NotImplementedError, ImportError) as error:  # settings that TRL and transformers refuse
         raise UserError(f"Cannot train with these settings: {error}") from error
