@@ -182,8 +182,7 @@ def hardware_of(step: Step) -> Hardware:
     hardware = read_config(step.accelerate_config or default_config(step.num_processes), step.num_processes)
     processes, shortages = hardware.processes or max(1, gpus) * hardware.machines, []
     if hardware.on_gpu and gpus < processes // hardware.machines:
-        here = number_of(gpus, "GPU") if gpus else "none"
-        shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {here}")
+        shortages.append(f"planned for {number_of(processes, 'GPU')}, and this machine has {gpus}")
     if hardware.is_deepspeed and not has_deepspeed():
         shortages.append('DeepSpeed is not installed here: pip install "medst_trl[deepspeed]"')
     shortages += [problem.removesuffix(".") for problem in missing_packages(step)]
