@@ -27,9 +27,9 @@ TEXT_ROLE_MARK = "{#- medst_trl VUSER text role 1 -#}"
 # Files in which Python replaces each `@NAME@`. A policy is saved with their content, so comments on them are here.
 # - vusr_wrapper.jinja: names carry a prefix because Jinja's top-level variables are shared with the wrapped template.
 #   It never loops over message content: servers such as vLLM guess the content format of a template from such loops.
-#   The wrapped template is rendered with the turn in place and cut after the token. Everything else takes the verbatim
-#   copy: capturing a block, as the first branch does, would break transformers' `{% generation %}` tracking. The `+`
-#   signs keep the newlines that trim_blocks would remove at the seams.
+#   The wrapped template is rendered with the turn in place, its content in the caller's form, and cut after the token.
+#   Everything else takes the verbatim copy: capturing a block, as the first branch does, would break transformers'
+#   `{% generation %}` tracking. The `+` signs keep the newlines that trim_blocks would remove at the seams.
 # - vicuna.jinja: `generation` marks what is trained, for TRL's own collators.
 # - vuser_turn.jinja: a server that passes text only has image placeholders in it.
 _TEMPLATES = Path(__file__).with_name("chat_templates")

@@ -99,7 +99,7 @@ def merge_policy(
     facts = _facts(model, model_name_or_path, dtype, trust_remote_code)
     batches = batches_of(processor, examples)
     expected = log_probs(model, batches)
-    model = _merged(model)
+    model = model.merge_and_unload().eval()
     proof = {"examples": len(examples), "tokens": sum(len(rows) for rows in expected)}
     proof["float32_difference"] = difference(log_probs(model, batches), expected)
     check_difference(proof["float32_difference"], TOLERANCE, "merged in memory, in float32")
@@ -155,13 +155,6 @@ def _facts(model, adapter: str, dtype: str, trust_remote_code: bool) -> dict[str
         "adapter_revision": hub_commit(name, "adapter_config.json", revision),
         "dtype": dtype,
     }
-
-
-def _merged(model) -> PreTrainedModel:
-    try:
-        return model.merge_and_unload(safe_merge=True).eval()
-    except ValueError as error:  # weights that are not finite
-        raise UserError(f"The adapter cannot be merged: {error}") from error
 
 
 def _save(model, processor: ProcessorMixin, directory: Path, dtype: str, max_shard_size: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES as PROCESSORS
 from families import TEXT_ROLE
 from family_models import MODELS, tiny_model
-from peft import get_peft_model
+from peft import LoraModel, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -135,12 +135,12 @@ def test_a_smaller_dtype_is_rounded_once_and_sharded(tmp_path):
         assert torch.equal(parameter, exact[name].to(torch.bfloat16)), name
 
 
-def unload_adapter(model):
-    return model.unload().eval()
+def unload_adapter(tuner):
+    return tuner.unload()
 
 
-def merge_without_token(model):
-    merged = model.merge_and_unload().eval()
+def merge_without_token(tuner, merge=LoraModel.merge_and_unload):
+    merged = merge(tuner)
     with torch.no_grad():
         merged.get_input_embeddings().weight[-1] = 0
     return merged
@@ -149,7 +149,7 @@ def merge_without_token(model):
 @pytest.mark.parametrize("wrong", [unload_adapter, merge_without_token])
 def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, wrong):
     adapter, merged = save_adapter(tmp_path)
-    monkeypatch.setattr(merging, "_merged", wrong)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(UserError, match="merged in memory.*differ by up to"):
         merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
@@ -266,7 +266,7 @@ def test_non_finite_weights_are_refused(tmp_path):
     weights = load_file(path)
     next(value for name, value in weights.items() if "lora_B" in name).fill_(float("inf"))
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="cannot be merged|does not agree"):
+    with pytest.raises(UserError, match="does not agree"):
         merge_policy(adapter, merged, drawn_examples())
     assert not list(merged.iterdir())
 
