@@ -185,13 +185,12 @@ def staged_model(output_dir: Path, name: str) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-    except BaseException:
+        # Stale files must not be mistaken for those of the new model.
+        for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+            path.unlink(missing_ok=True)
+        move_files(staging, output_dir)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
-    # Stale files must not be mistaken for those of the new model.
-    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
-        path.unlink(missing_ok=True)
-    move_files(staging, output_dir)
 
 
 def log_probs(model: PreTrainedModel, batches: Batches) -> list[torch.Tensor]:

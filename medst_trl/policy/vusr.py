@@ -136,6 +136,7 @@ def set_vusr_role(processor: "ProcessorMixin", role: str | None) -> None:
         )
     _check_processor(processor)
     processor.chat_template = template
+    turn_format(processor)  # refuses a template that cannot be rendered
     turns = (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
     messages = [{"role": name, "content": [text_part(text)]} for name, text in turns]
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -103,9 +103,8 @@ def test_an_adapter_with_other_rows_writes_the_same(tmp_path, family, case):
 def test_lora_on_tied_embeddings_is_not_merged_wrongly(tmp_path, layers):
     """PEFT adds the product to one of the two layers, or twice to their shared weight."""
     save_adapter(tmp_path, modules=None, targets=rf".*(language_model.*q_proj|{layers})$", tie_word_embeddings=True)
-    data = tiny_run.write_instruct(tmp_path / "data", range(4))
     with pytest.raises(UserError, match="does not agree with the adapter: .* cannot merge LoRA on tied embeddings"):
-        run(merge, tmp_path / "merged", model_name_or_path=tmp_path / "adapter", dataset=data)
+        run(merge, tmp_path / "merged", model_name_or_path=tmp_path / "adapter")
     assert not list((tmp_path / "merged").glob("*.safetensors"))
 
 
@@ -138,7 +137,7 @@ def test_both_stages_train_it_further_and_it_can_be_merged(tmp_path, case):
     second = run(dpo, tmp_path / "dpo", model_name_or_path=first, dataset=tmp_path / "pairs", **training)
     before, after = (load_file(path / WEIGHTS) for path in (first, second))
     assert any(not torch.equal(before[key], after[key]) for key in before if "embed_tokens" in key)
-    merged = run(merge, tmp_path / "merged", model_name_or_path=second, dataset=data)  # compares the two
+    merged = run(merge, tmp_path / "merged", model_name_or_path=second)  # compares the two
     model, processor = load_policy(str(merged))
     assert model.get_input_embeddings().weight.shape[0] == (1088 if case == "padded" else 1025)
     torch.testing.assert_close(logits(model, processor), logits(*load_policy(str(second))), rtol=0, atol=1e-4)

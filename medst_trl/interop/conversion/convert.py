@@ -311,15 +311,10 @@ def _build_config(config_class: type, file: str, **settings: Any) -> Any:
 
 
 def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
-    projector = original.get("mm_projector_type")
-    if projector not in _PROJECTOR_OF.values():
-        raise UserError(
-            f"The projector of this checkpoint is of the type {projector!r} (mm_projector_type in config.json). Only "
-            f"{' and '.join(_PROJECTOR_OF.values())} can be converted: LLaVA-1.5, SQ-LLaVA, STLLaVA-Med."
-        )
     layers, count = original.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
     layers = layers if isinstance(layers, list) else [layers]
     refused = {
+        "mm_projector_type": original.get("mm_projector_type") not in _PROJECTOR_OF.values(),
         "mm_vision_select_feature": (original.get("mm_vision_select_feature") or "patch") not in _STRATEGIES,
         "mm_use_im_start_end": bool(original.get("mm_use_im_start_end")),
         "image_aspect_ratio": original.get("image_aspect_ratio") not in (None, "square", "pad"),
@@ -329,7 +324,8 @@ def _check(original: dict[str, Any], vision: CLIPVisionConfig) -> None:
     for key, is_refused in refused.items():
         if is_refused:
             raise UserError(
-                f"{key} is {original[key]!r} in config.json. Only architectures like LLaVA-1.5 can be converted."
+                f"{key} is {original.get(key)!r} in config.json. Only models built like LLaVA-1.5, SQ-LLaVA or "
+                "STLLaVA-Med can be converted."
             )
 
 

@@ -363,5 +363,4 @@ class Parts:
 
 
 def _listed(what: str, found: list[str]) -> str:
-    lines = [f"{len(found)} tensors {what}:", *(f"  {item}" for item in found[:MAX_LISTED])]
-    return "\n".join(lines + ([f"  and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []))
+    return "\n  ".join([f"{len(found)} tensors {what}, such as:", *found[:MAX_LISTED]])

@@ -187,7 +187,7 @@ def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     message = refusal_of(tmp_path, weights | {"optimizer.state": torch.ones(3)})
     assert "1 tensors are missing" in message and "model.language_model.layers.1.mlp.up_proj.weight" in message
     assert "model.mm_projector.2.weight [7, 40] in pytorch_model.bin, expected [40, 40]" in message
-    assert "29 tensors have no place" in message and "and 9 more" in message and "optimizer.state" not in message
+    assert "29 tensors have no place" in message and "optimizer.state" not in message
 
 
 def test_a_lora_layer_of_another_model_is_refused(tmp_path):
@@ -272,8 +272,8 @@ def test_damaged_and_incomplete_downloads_are_refused(tmp_path, form):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"mm_projector_type": "linear"}, "'linear'.*mlp2x_gelu and cluster"),
-        ({"mm_projector_type": None}, "type None"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'.*LLaVA-1.5, SQ-LLaVA or STLLaVA-Med"),
+        ({"mm_projector_type": None}, "mm_projector_type is None"),
         ({"model_type": "llava_mistral"}, "'llava_mistral'.*llava_llama"),
         ({"model_type": "qwen2_vl"}, "'qwen2_vl'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
@@ -421,7 +421,7 @@ def test_tensors_without_plain_numbers_are_listed(tmp_path, change, kind):
     message = refusal_of(tmp_path, {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
     assert "model.language_model.norm.weight" in message  # listed as missing
     torch.save(weights, tmp_path / "source" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=rf"not plain floating-point numbers:\n  model\.norm\.weight.*: {kind}"):
+    with pytest.raises(UserError, match=rf"not plain floating-point numbers.*\n  model\.norm\.weight.*: {kind}"):
         original.convert(str(tmp_path / "source"), tmp_path / "out")
 
 
