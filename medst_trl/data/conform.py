@@ -3,7 +3,7 @@
 """
 Give other people's datasets our columns: TRL's pairs and conversations, questions one per row, texts as strings.
 
-Images are neither decoded nor copied. Only texts are converted, and only in columns of another form.
+Images are neither decoded nor copied. If a column has another form, the texts of all rows are read in Python.
 """
 
 import json
@@ -41,8 +41,6 @@ _QUESTION_INPUT = (*QUESTION_FIELDS, "question_id")
 _ROLE_OF = {"prompt": "user"} | dict.fromkeys(("chosen", "rejected"), "assistant")
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 _IMAGE_ID = re.compile("[0-9a-f]{64}")
-# Besides messages and numbers. Other columns only change their type.
-_READ_BY_ROW = ("id", "image_ids", "image_id", "group_id", "answers", "questions")
 
 
 def missing_columns(columns: Collection[str], kind: str) -> list[str]:
@@ -83,6 +81,7 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
         UserError: if required columns are missing, have another type, or none of the rows can be read.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features
     from datasets.fingerprint import Hasher
     from datasets.table import InMemoryTable, concat_tables
@@ -90,22 +89,17 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     check_missing(dataset.features, kind)
     given, own, table = dataset.features, KINDS.get(kind), dataset.data
     wanted = features_of(kind, extras=given)
-    if not (to_convert := _columns_to_convert(dataset, own, wanted)):
+    if _is_usable(dataset, own, wanted):
         return dataset
-    columns = {name: table.column(name) for name in given}
-    if "images" in to_convert:
-        columns["images"] = _lists_of_images(columns.pop("images" if "images" in given else "image"), kind)
-        columns.pop("image", None)
-    if by_row := [name for name in (*_READ_BY_ROW, *messages_of(own), *own.extras) if name in to_convert]:
-        made = _read_rows(columns, own, by_row)
-        columns |= {name: _column(made[name], name, wanted) for name in by_row}
-    for name in to_convert:
-        if name not in columns or own.optional.get(name) == []:  # messages that are not used
-            columns[name] = _column([own.optional.get(name)] * len(table), name, wanted)
-        columns[name] = _cast(columns[name], wanted[name], name, kind)
-    features = {name: wanted[name] if name in to_convert else given[name] for name in columns}
-    kept = table.select([name for name in columns if name not in to_convert])
-    made = InMemoryTable(pa.table({name: columns[name] for name in columns if name in to_convert}))
+    column = "images" if "images" in wanted else "image"
+    images = _images_of(table.column(column if column in given else "image"), wanted[column], kind)
+    counts = pc.list_value_length(images).to_pylist() if column == "images" else [1] * len(table)
+    texts = _read_rows(table, counts, own, [name for name in wanted if name != column])
+    schema = wanted.arrow_schema
+    made = {column: images} | {name: pa.array(values, schema.field(name).type) for name, values in texts.items()}
+    kept = table.select([name for name in given if name not in (*wanted, "image")])
+    features = {name: given[name] for name in kept.column_names} | {name: wanted[name] for name in made}
+    made = InMemoryTable(pa.table(made))
     return Dataset(
         concat_tables([kept, made], axis=1) if kept.num_columns else made,
         info=DatasetInfo(features=Features(features)),
@@ -115,28 +109,22 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     )
 
 
-def _columns_to_convert(dataset: "Dataset", kind: Kind, wanted: "Features") -> list[str]:
-    """The columns that are missing, have another type, or have values that a stage cannot use as they are."""
+def _is_usable(dataset: "Dataset", kind: Kind, wanted: "Features") -> bool:
+    """Whether all columns are there, with their types and with values that a stage can use as they are."""
     import pyarrow.compute as pc
 
-    reader = RowReader(kind, ())
-
-    def is_usable(name: str) -> bool:
-        if dataset.features.get(name) != wanted[name]:
-            return False
-        column = dataset.data.column(name)
-        if name in ("image_id", "image_ids", "group_id", *kind.extras):
-            with suppress(ValueError):
-                return all(reader.value(name, value) == value for value in column.to_pylist())
-            return False
-        if name == "id":
-            return pc.count_distinct(column).as_py() == len(column)
-        return not (isinstance(kind.columns[name], list) and column.null_count)
-
-    found, texts = [name for name in wanted if not is_usable(name)], messages_of(kind)
-    # A row with an answer or number that cannot be used loses its texts, too.
-    loses_texts = {*texts, *kind.extras, "answers"}.intersection(found)
-    return found + [name for name in texts if loses_texts and name not in found]
+    if any(dataset.features.get(name) != feature for name, feature in wanted.items()):
+        return False
+    columns, reader = {name: dataset.data.column(name) for name in wanted}, RowReader(kind, ())
+    if "id" in columns and pc.count_distinct(columns["id"]).as_py() < len(dataset.data):
+        return False
+    lists = [name for name, column in kind.columns.items() if isinstance(column, list) and name != "image_ids"]
+    if any(columns[name].null_count for name in lists):
+        return False
+    checked = [name for name in ("image_id", "image_ids", "group_id", *kind.extras) if name in columns]
+    with suppress(ValueError):
+        return all(reader.value(name, one) == one for name in checked for one in columns[name].to_pylist())
+    return False
 
 
 def report_unusable(problems: Sequence[str], used: int, name: str) -> None:
@@ -214,6 +202,8 @@ class RowReader:
             if not 0 <= number < inf:
                 raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
             return number
+        if self.kind.optional.get(name) == []:  # messages that are not used
+            return []
         if name == "answers":
             if not isinstance(value, list) or len(value) < 2:
                 raise ValueError("it has fewer than two answers")
@@ -247,15 +237,11 @@ class RowReader:
         return row | {name: [{"role": "user", "content": [image_part()] * images}] for name in self.texts[:1]}
 
 
-def _read_rows(columns: "Mapping[str, pa.ChunkedArray]", kind: Kind, names: Collection[str]) -> dict[str, list]:
-    """Make columns of a kind from those of a dataset, row by row."""
-    import pyarrow.compute as pc
-
-    reader, (rows, *_) = RowReader(kind, names), map(len, columns.values())
+def _read_rows(table: "pa.Table", counts: Sequence[int], kind: Kind, names: Collection[str]) -> dict[str, list]:
+    """Make columns of a kind from those of a dataset, row by row. `counts` are the numbers of images."""
+    reader, found = RowReader(kind, names), []
     sources = {*names, *_QUESTION_INPUT, *chain.from_iterable(_MADE_OF.get(name, ()) for name in names)}
-    lists = {name: columns[name].to_pylist() for name in sources if name in columns}
-    counts = pc.list_value_length(columns["images"]).to_pylist() if "images" in columns else [1] * rows
-    found = []
+    lists = {name: table.column(name).to_pylist() for name in table.column_names if name in sources}
     for place, images in enumerate(counts):
         record = {name: values[place] for name, values in lists.items()}
         row = None
@@ -264,7 +250,7 @@ def _read_rows(columns: "Mapping[str, pa.ChunkedArray]", kind: Kind, names: Coll
         found.append(row or reader.empty(record, images, place))
     report_unusable(reader.problems, reader.used, f"The {kind.name} data")
     made, taken = {name: [row[name] for row in found] for name in names}, {}
-    return made | {"id": [free_id(name, taken) for name in made.get("id", ())]}
+    return {name: [free_id(one, taken) for one in values] if name == "id" else values for name, values in made.items()}
 
 
 def typed_messages(record: Mapping[str, Any], names: Sequence[str], images: int) -> dict[str, list[dict]]:
@@ -334,37 +320,27 @@ def messages_of(kind: Kind) -> list[str]:
     return [name for name, inner in columns.items() if "role" in inner and name not in kind.optional]
 
 
-def _lists_of_images(column: "pa.ChunkedArray", kind: str) -> "pa.ChunkedArray":
-    """One image per row, or lists with null in place of none, as lists of images. The bytes are not copied."""
+def _images_of(column: "pa.ChunkedArray", feature: Any, kind: str) -> "pa.ChunkedArray":
+    """Return images as this feature: one per row, or lists of them with null in place of none. No bytes are copied."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Image, List
+    from datasets.table import cast_array_to_feature
 
-    is_list = "list" in str(column.type)
+    is_list = isinstance(feature, List) and "list" in str(column.type)
+    try:
+        column = cast_array_to_feature(column, List(Image()) if is_list else Image())
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"The images of {kind} data have another type than expected.\n  is:        {column.type}\n"
+            f"  should be: {feature}\n{str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(feature, List):
+        return column
 
     def lists(chunk: pa.Array) -> pa.Array:
         counts = pc.fill_null(pc.list_value_length(chunk), 0) if is_list else chunk.is_valid()
         starts = pa.array(list(accumulate(counts.to_pylist(), initial=0)), pa.int32())
         return pa.ListArray.from_arrays(starts, pc.list_flatten(chunk) if is_list else chunk.drop_null())
 
-    column = _cast(column, List(Image()) if is_list else Image(), "images", kind)
     return pa.chunked_array(map(lists, column.chunks), features_of(kind).arrow_schema.field("images").type)
-
-
-def _cast(column: "pa.ChunkedArray", feature: Any, name: str, kind: str) -> "pa.ChunkedArray":
-    import pyarrow as pa
-    from datasets.table import cast_array_to_feature
-
-    try:
-        return cast_array_to_feature(column, feature)
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"The column {name} of {kind} data has another type than expected.\n  is:        {column.type}\n"
-            f"  should be: {feature}\n{str(error).splitlines()[0]}"
-        ) from None
-
-
-def _column(values: Sequence[Any], name: str, features: "Features") -> "pa.ChunkedArray":
-    import pyarrow as pa
-
-    return pa.chunked_array([pa.array(values, features.arrow_schema.field(name).type)])
