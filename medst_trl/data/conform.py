@@ -25,7 +25,7 @@ from .source import Question, free_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 # Columns from which a missing column can be computed, if a dataset has all of them.
 _MADE_OF = {
@@ -89,17 +89,18 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     check_missing(dataset.features, kind)
     given, own, table = dataset.features, KINDS.get(kind), dataset.data
     wanted = features_of(kind, extras=given)
-    if _is_usable(dataset, own, wanted):
+    made, columns = {name: [value] * len(table) for name, value in own.optional.items() if name not in given}, {}
+    if not _is_usable(dataset, own, {name: feature for name, feature in wanted.items() if name not in made}):
+        column = "images" if "images" in wanted else "image"
+        columns[column] = _images_of(table.column(column if column in given else "image"), wanted[column], kind)
+        counts = pc.list_value_length(columns[column]).to_pylist() if column == "images" else [1] * len(table)
+        made = _read_rows(table, counts, own, [name for name in wanted if name != column])
+    elif not made:
         return dataset
-    column = "images" if "images" in wanted else "image"
-    images = _images_of(table.column(column if column in given else "image"), wanted[column], kind)
-    counts = pc.list_value_length(images).to_pylist() if column == "images" else [1] * len(table)
-    texts = _read_rows(table, counts, own, [name for name in wanted if name != column])
-    schema = wanted.arrow_schema
-    made = {column: images} | {name: pa.array(values, schema.field(name).type) for name, values in texts.items()}
-    kept = table.select([name for name in given if name not in (*wanted, "image")])
-    features = {name: given[name] for name in kept.column_names} | {name: wanted[name] for name in made}
-    made = InMemoryTable(pa.table(made))
+    columns |= {name: pa.array(values, wanted.arrow_schema.field(name).type) for name, values in made.items()}
+    kept = table.select([name for name in given if not (name in columns or (name == "image" and "images" in columns))])
+    features = {name: given[name] for name in kept.column_names} | {name: wanted[name] for name in columns}
+    made = InMemoryTable(pa.table(columns))
     return Dataset(
         concat_tables([kept, made], axis=1) if kept.num_columns else made,
         info=DatasetInfo(features=Features(features)),
@@ -109,8 +110,8 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     )
 
 
-def _is_usable(dataset: "Dataset", kind: Kind, wanted: "Features") -> bool:
-    """Whether all columns are there, with their types and with values that a stage can use as they are."""
+def _is_usable(dataset: "Dataset", kind: Kind, wanted: Mapping[str, Any]) -> bool:
+    """Whether a dataset has columns of these features, with values that a stage can use as they are."""
     import pyarrow.compute as pc
 
     if any(dataset.features.get(name) != feature for name, feature in wanted.items()):
@@ -118,8 +119,8 @@ def _is_usable(dataset: "Dataset", kind: Kind, wanted: "Features") -> bool:
     columns, reader = {name: dataset.data.column(name) for name in wanted}, RowReader(kind, ())
     if "id" in columns and pc.count_distinct(columns["id"]).as_py() < len(dataset.data):
         return False
-    lists = [name for name, column in kind.columns.items() if isinstance(column, list) and name != "image_ids"]
-    if any(columns[name].null_count for name in lists):
+    lists = [name for name in kind.columns if isinstance(kind.columns[name], list) and name != "image_ids"]
+    if any(columns[name].null_count for name in lists if name in columns):
         return False
     checked = [name for name in ("image_id", "image_ids", "group_id", *kind.extras) if name in columns]
     with suppress(ValueError):

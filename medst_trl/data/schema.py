@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from datasets import Features
 
 QUESTION_FIELDS = ("id", "question", "answer", "answer_type", "question_type", "link")
-PREDICTION_COLUMNS = (
-    "id", "image_id", "group_id", "question", "answer", "answer_type", "question_type", "prediction", "generation",
-)  # fmt: skip
 ROWS_PER_ROW_GROUP = 32  # the images of a row group are in memory together, when written and when streamed
 
 
@@ -47,11 +44,6 @@ MEANINGS = {
     "score_rejected": "the judge's mean score of the worse answer",
     "generation": "how the text was generated, as JSON",
     "judge": "the judge and its replies in both orders, as JSON",
-    "question": "the question",
-    "answer": "the reference answer",
-    "answer_type": "open or closed",
-    "question_type": "the type of the question, as the benchmark names it",
-    "prediction": "the answer of the model",
 }
 
 
@@ -148,13 +140,6 @@ for _kind in (
         marker="chosen",
         optional={"group_id": None, "score_chosen": None, "score_rejected": None, "judge": None},
         extras={"weight": 1.0, "probability": 1.0},
-    ),
-    Kind(
-        "predictions",
-        "evaluate",
-        dict.fromkeys(PREDICTION_COLUMNS, "string"),
-        "Answers of a model to the questions of a benchmark, with the reference answers.",
-        "Score them with `medst evaluate --predictions FILE`.",
     ),
 ):
     KINDS.register(_kind)

@@ -146,7 +146,7 @@ def test_only_what_a_stage_cannot_do_without_is_required(kind, columns, missing)
             conform(Dataset.from_dict({name: [] for name in columns}), kind)
 
 
-@pytest.mark.parametrize("name", [kind for kind in KINDS if kind != "predictions"])
+@pytest.mark.parametrize("name", KINDS)
 def test_every_dataset_that_a_stage_writes_stays_as_it_is(name):
     dataset = Dataset.from_dict({column: [] for column in features_of(name)}, features=features_of(name))
     assert conform(dataset, name) is dataset

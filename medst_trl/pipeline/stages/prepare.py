@@ -41,16 +41,7 @@ from medst_trl.data.cells import column_name
 from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, MOST_BITS, NEAR_COPY_BITS, GroupIds, salt_of, salt_path
 from medst_trl.data.image_settings import ImageSettings
 from medst_trl.data.schema import features_of, write_split
-from medst_trl.data.source import (
-    SOURCES,
-    ImageReader,
-    Records,
-    Rejected,
-    Source,
-    SourceRequest,
-    check_image_folder,
-    list_reasons,
-)
+from medst_trl.data.source import SOURCES, Records, Rejected, Source, SourceRequest, check_image_folder, list_reasons
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.record import StageRecord
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
@@ -140,6 +131,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
         *others:
             [`ImageSettings`], and settings of sources. If they are not given, their defaults are used.
     """
+    from PIL import Image
+
     from medst_trl.data.image_index import INDEX_FILE, check_salt, choose_frames, index_images
     from medst_trl.data.images import FolderImages
 
@@ -155,7 +148,8 @@ def main(args: PrepareArguments, *others: Any) -> None:
     if record.decision == "skip":
         return check_salt(output_dir / INDEX_FILE, groups)
     num_workers = args.num_workers or cores()
-    _set_limits_of_pil(request.images.max_pixels)
+    Image.MAX_IMAGE_PIXELS = request.images.max_pixels  # PIL's own limit; ours is checked before decoding
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with record:
         records = read()
         if isinstance(records.images, FolderImages):
@@ -167,7 +161,7 @@ def main(args: PrepareArguments, *others: Any) -> None:
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
             raise _nothing_usable(args, records, counts["rejected"], rejected)
-        _write(rows, records.images, output_dir, args.rows_per_shard, num_workers)
+        _write(rows, records, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
@@ -179,7 +173,7 @@ def _nothing_usable(
         where = f" in {args.data_path}" if args.data_path else ""
         return UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
     first, names, near = next(iter(reasons)), records.image_names[:10], ""
-    if first == "missing":
+    if first == "missing" and records.image_folder:
         near = did_you_mean(records.image_folder, lambda other: any((other / name).is_file() for name in names))
     row = next(item.as_row() for item in rejected if item.reason == first)
     example = "" if args.group_column else f", for example {row['value'] or row['id']!r}"  # may name a patient
@@ -281,19 +275,11 @@ def _inputs(source: Source, request: SourceRequest, read: Callable[[], Records])
     return inputs | {"data_path": fingerprint(data_path, [*names, *((inside / name).as_posix() for name in used)])}
 
 
-def _set_limits_of_pil(max_pixels: int) -> None:
-    from PIL import Image
-
-    # Raise PIL's own limit to ours, which is checked before decoding.
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
-def _write(datasets: dict, reader: ImageReader, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
+def _write(datasets: dict, records: Records, output_dir: Path, rows_per_shard: int, num_workers: int) -> None:
     from medst_trl.data.image_formats import ImageProblem
     from medst_trl.data.images import loader_of
 
-    load = loader_of(reader)
+    load = loader_of(records.images)
 
     @lru_cache(maxsize=8)  # conversations about one image follow each other
     def image(name: str) -> dict:
