@@ -431,8 +431,10 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
         content = {stage.name: {key: value for key, value in content.items() if key != "env"}}
     steps = Recipe(str(path), content).steps(stage.name, complete=False)
     if len(steps) > 1:
-        commands = "".join(f"\n  medst run {path} --stage {step.label}" for step in steps)
-        raise UserError(f"{path} runs {stage.name} several times:{commands}")
+        labels = ", ".join(step.label for step in steps)
+        raise UserError(
+            f"{path} runs {stage.name} several times. Use `medst run {path} --stage` with one of {labels}."
+        )
     return steps[0]
 
 
