@@ -432,9 +432,7 @@ def step_of_file(stage: Stage, source: str | os.PathLike) -> Step:
     steps = Recipe(str(path), content).steps(stage.name, complete=False)
     if len(steps) > 1:
         labels = ", ".join(step.label for step in steps)
-        raise UserError(
-            f"{path} runs {stage.name} several times. Use `medst run {path} --stage` with one of {labels}."
-        )
+        raise UserError(f"{path} runs {stage.name} several times. Choose with `medst run {path} --stage`: {labels}.")
     return steps[0]
 
 

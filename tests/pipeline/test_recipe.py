@@ -316,7 +316,7 @@ def test_a_section_may_omit_required_settings(tmp_path):
 
 def test_a_section_that_is_a_list_is_refused_for_one_stage(tmp_path):
     path = write(tmp_path, "prepare: [{name: a, source: phantoms}, {name: b, source: phantoms}]")
-    with pytest.raises(UserError, match="several times. Use `medst run .* --stage` with one of prepare/a, prepare/b."):
+    with pytest.raises(UserError, match="several times. Choose with `medst run .* --stage`: prepare/a, prepare/b."):
         step_of_file(STAGES.get("prepare"), path)
 
 
