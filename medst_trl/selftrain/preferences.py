@@ -217,46 +217,47 @@ def read_benchmarks(benchmarks: Iterable["Dataset"], near_hashes: Mapping, near_
     """Collect the images of all benchmarks, and find their near copies in `near_hashes`."""
     from medst_trl.data.near_copies import near_copies
 
-    held = Inventory()
+    inventory = Inventory()
     for benchmark in benchmarks:
-        held.add(benchmark, {} if near_hashes and near_copy_bits and "image" in benchmark.column_names else None)
-    held.near = near_copies(near_hashes, held.hashes, near_copy_bits)
-    return held
+        inventory.add(benchmark, {} if near_hashes and near_copy_bits and "image" in benchmark.column_names else None)
+    inventory.near = near_copies(near_hashes, inventory.hashes, near_copy_bits)
+    return inventory
 
 
-def benchmark_reason(held: Inventory, pair: Mapping[str, Any]) -> str | None:
+def benchmark_reason(benchmarks: Inventory, pair: Mapping[str, Any]) -> str | None:
     """Return the reason to drop a pair or candidate about an image, a near copy or a group of a benchmark, or None."""
-    what = _overlap(held, pair)
+    what = _overlap(benchmarks, pair)
     return None if what in ("question", "nothing") else f"{what}_in_benchmark"
 
 
-def _overlap(held: Inventory, pair: Mapping[str, Any]) -> str:
+def _overlap(benchmarks: Inventory, pair: Mapping[str, Any]) -> str:
     """
     Return what a pair shares with benchmarks: `"image_and_question"`, `"image"`, `"near_copy"`, `"group"`,
     `"question"` or `"nothing"`.
     """
     question = normalized(_text(pair, "prompt"))
-    relation, _ = held.relation(pair["image_ids"], pair.get("group_id"))
-    if relation == "image" and held.relation(pair["image_ids"], None, question)[0] == "question":
+    relation, _ = benchmarks.relation(pair["image_ids"], pair.get("group_id"))
+    if relation == "image" and benchmarks.relation(pair["image_ids"], None, question)[0] == "question":
         return "image_and_question"
-    return "question" if relation == "nothing" and question in held.texts else relation
+    return "question" if relation == "nothing" and question in benchmarks.texts else relation
 
 
-def _count_shared(found: Sequence[str], images: Inventory, held: Inventory) -> dict[str, Any]:
+def _count_shared(found: Sequence[str], images: Inventory, benchmarks: Inventory) -> dict[str, Any]:
     """Return the counts of [`Preferences`] about benchmarks. `found` is what each pair shares with them."""
-    compared = ["image_and_question", "image", *(["near_copy"] if images.hashes and held.hashes else []), "question"]
+    near_copy = ["near_copy"] if images.hashes and benchmarks.hashes else []
+    compared = ["image_and_question", "image", *near_copy, "question"]
     counts = {"shared_with_benchmarks": {what: found.count(what) for what in compared}}
-    if held.salts and images.questions:
-        reason = why_groups_not_compared(held, images)
+    if benchmarks.salts and images.questions:
+        reason = why_groups_not_compared(benchmarks, images)
         counts["shared_with_benchmarks"]["group"] = found.count("group") or (None if reason else 0)
         counts |= {"groups_not_compared": reason} if reason else {}
     return counts
 
 
-def _usable_pairs(pairs: Sequence[dict], shared: Sequence[str], keep: bool, rejected: list[Rejected]) -> list[dict]:
+def _usable_pairs(pairs: Sequence[dict], overlaps: Sequence[str], keep: bool, rejected: list[Rejected]) -> list[dict]:
     """Return pairs without repeated ids, and without benchmark images unless `keep`."""
     usable, ids = [], set()
-    for pair, what in zip(pairs, shared, strict=True):
+    for pair, what in zip(pairs, overlaps, strict=True):
         if pair["id"] in ids:
             rejected.append(Rejected(pair["id"], "duplicate_id", pair["id"]))
         elif what not in ("question", "nothing") and not keep:

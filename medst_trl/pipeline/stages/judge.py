@@ -160,9 +160,9 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     with record or nullcontext():
         # `prepare` has stored most hashes.
         hashes = read_inventory(Path(args.candidates), [candidates]).hashes if args.near_copy_bits else {}
-        held = read_benchmarks(benchmarks, hashes, args.near_copy_bits)
+        protected = read_benchmarks(benchmarks, hashes, args.near_copy_bits)
         if not args.keep_benchmark_images:
-            judge.held_out = partial(benchmark_reason, held)
+            judge.held_out = partial(benchmark_reason, protected)
         if args.dry_run:
             return _print_request(judge, candidates)
         if args.write_batch:
@@ -173,7 +173,7 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
             print(f"judge: {number_of(sum(counts.values()), 'result')} read ({kinds}).")
         judgements, statistics = _judge(args, judge, candidates)
         selection = {name: getattr(args, name) for name in _SELECTION}
-        preferences = build_preferences(candidates, judgements, benchmarks=held, near_hashes=hashes, **selection)
+        preferences = build_preferences(candidates, judgements, benchmarks=protected, near_hashes=hashes, **selection)
         _write_preferences(args, candidates, preferences)
         record.finish(counts={"judge": statistics, "preferences": preferences.counts})
     _print_summary(record)
