@@ -112,14 +112,11 @@ class PreferenceLoss(Protocol):
 
 def trl_losses() -> list[str]:
     """
-    Names of the losses that the installed `DPOTrainer` computes; empty if they cannot be read.
+    Names of the losses that the installed `DPOTrainer` computes.
 
     They are read from its source file, because importing it would import torch.
     """
-    try:
-        source = Path(find_spec("trl").origin).with_name("trainer").joinpath("dpo_trainer.py").read_text("utf-8")
-    except (AttributeError, TypeError, OSError):
-        return []
+    source = Path(find_spec("trl").origin).with_name("trainer").joinpath("dpo_trainer.py").read_text("utf-8")
     return list(dict.fromkeys(re.findall(r"loss_type == ['\"](\w+)['\"]", source)))
 
 
@@ -142,12 +139,12 @@ for _name in trl_losses():
 
 def is_registered(name: str) -> bool:
     """Whether a loss is one of ours or a plugin's, and not TRL's."""
-    return name in LOSSES and not isinstance(LOSSES.get(name), TrlLoss)
+    return not isinstance(LOSSES.get(name), TrlLoss)
 
 
 def check_losses(names: Sequence[str], args: Any) -> None:
     """
-    Check a `loss_type` before a model is loaded. If TRL's losses cannot be read, unknown names pass.
+    Check a `loss_type` before a model is loaded.
 
     Args:
         names (sequence of `str`):
@@ -160,7 +157,7 @@ def check_losses(names: Sequence[str], args: Any) -> None:
         ValueError: for a loss that needs a view of the image that is not computed, or a setting that only TRL's losses
             support.
     """
-    for name in names if trl_losses() else filter(is_registered, names):
+    for name in names:
         loss = LOSSES.get(name)
         if isinstance(loss, TrlLoss):
             continue

@@ -191,9 +191,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         # DDP that looks for unused parameters (TRL's default with images) exchanges zeros itself.
         diverges = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.ddp_find_unused_parameters is False
         if self.accelerator.num_processes > 1 and diverges:
-            for model in (self.model, *others):
-                if model is not None:
-                    encode_blank_images(base_of(self.accelerator.unwrap_model(model)), self.processing_class)
+            for model in filter(None, (self.model, *others)):
+                encode_blank_images(base_of(self.accelerator.unwrap_model(model)), self.processing_class)
 
     def is_zero_3(self) -> bool:
         """Whether DeepSpeed shards the weights."""

@@ -37,7 +37,7 @@ from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.hub_ids import split_revision
 from medst_trl.base.processes import rank
 from medst_trl.base.settings import documented
-from medst_trl.training.losses import LOSSES, trl_losses
+from medst_trl.training.losses import LOSSES
 from medst_trl.training.settings import MultimodalDPOSettings
 
 from ._training import LOGGED, TrainingStageArguments, describe_run, training_stage
@@ -160,5 +160,5 @@ STAGE = training_stage(
     after=("judge",),
     repeats=True,
     trains="pairs",
-    registries={"loss_type": LOSSES} if trl_losses() else {},  # without their names, any name may be TRL's
+    registries={"loss_type": LOSSES},
 )
