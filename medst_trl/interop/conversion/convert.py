@@ -196,13 +196,14 @@ def _weight_patterns(name: str, revision: str | None) -> list[str]:
 
 
 def _base_directory(directory: Path, base: str | None) -> Path:
-    is_training_output = (directory / "adapter_config.json").is_file()
-    if is_training_output and base is None:
+    if base is not None:
+        return local_directory(base, "The base")
+    if (directory / "adapter_config.json").is_file():
         named = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{directory} is a training output. Give the model it was trained from as --base (it names {named!r})."
         )
-    return local_directory(base, "The base") if base is not None else directory
+    return directory
 
 
 def original_config(directory: Path, base_directory: Path) -> dict[str, Any]:
@@ -234,12 +235,10 @@ def _as_original(config: dict[str, Any], base_directory: Path, directory: Path) 
             f"{base_directory} is in a Hugging Face layout already ({config.get('model_type')}). Other commands read "
             "it directly; here it can only be the --base of a training output."
         )
-    for part in ("text_config", "vision_config"):
-        if not isinstance(config.get(part), dict):
-            raise UserError(f"{base_directory / 'config.json'} is damaged ({part}). Download it again.")
+    text = config.get("text_config") or {}
     return {
-        "text_config": config["text_config"] | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
-        "vision_config": config["vision_config"],
+        "text_config": text | {"tie_word_embeddings": config.get("tie_word_embeddings", False)},
+        "vision_config": config.get("vision_config"),
         "mm_projector_type": projector,
         "mm_vision_select_layer": config.get("vision_feature_layer", -2),
         "mm_vision_select_feature": "cls_patch" if config.get("vision_feature_select_strategy") == "full" else "patch",
