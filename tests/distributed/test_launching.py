@@ -22,6 +22,7 @@ from medst_trl.pipeline.launch import CONFIGS, check_launched, find_config, laun
 from medst_trl.pipeline.recipe_files import read_yaml
 from medst_trl.pipeline.stages import _training as training
 from medst_trl.pipeline.stages.sft import SftArguments
+from medst_trl.training.sft import SelfQuestioningConfig
 
 
 ENVIRONMENT = without_launcher(os.environ) | {
@@ -195,9 +196,8 @@ def test_configs_do_not_set_training_arguments(path):
 def test_incompatible_settings_are_refused_before_loading(monkeypatch, options, stage, message):
     monkeypatch.setattr(training, "gpu_count", lambda: 0)
     args = SftArguments(model_name_or_path="base", dataset=["data"], **options)
-    training_args = SimpleNamespace(
-        deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None, resume_from_checkpoint=None, output_dir="out"
-    )
+    training_args = SelfQuestioningConfig(output_dir="out", report_to="none")
+    training_args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
     if message is None:
         args.check(training_args)
     else:
