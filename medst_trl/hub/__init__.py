@@ -51,8 +51,6 @@ class PushArguments:
             public.
         evaluation (`list[str]`, *optional*, defaults to `[]`):
             Output directories of `medst evaluate`. Their scores are added to the card of a model.
-        run (`str`, *optional*):
-            The run directory. It is searched for the records of inputs that have moved.
         base_model_name_or_path (`str`, *optional*):
             Hub id of the base model, if the adapter or merged model was made from a local directory.
         license (`str`, *optional*):
@@ -71,7 +69,6 @@ class PushArguments:
     repo_id: str
     private: bool = True
     evaluation: list[str] = field(default_factory=list)
-    run: str | None = None
     base_model_name_or_path: str | None = None
     license: str | None = None
     revision: str | None = None

@@ -39,7 +39,7 @@ KIND = "medst_trl_kind"  # in a card's metadata: shows that a repository is ours
 _URL = re.compile(r"https?://[\w./?&=#%~+:-]+")
 
 
-def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None, run: Path | None = None) -> str:
+def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None) -> str:
     """
     Write the README.md of a dataset.
 
@@ -47,9 +47,8 @@ def dataset_card(contents: Contents, repo_id: str, *, license: str | None = None
         contents ([`Contents`]): The dataset.
         repo_id (`str`): Its repository.
         license (`str`, *optional*): Identifier of its license on the Hub. Synthetic images have the source's.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
     """
-    steps = steps_to(contents.directory, run)
+    steps = steps_to(contents.directory)
     sources = _sources(steps)
     licenses = {source.get("licence") if source.get("synthetic") else None for source in sources}
     if license is None and len(licenses) == 1 and (name := licenses.pop()):
@@ -77,7 +76,6 @@ def model_card(
     base_model: str | None = None,
     evaluations: Sequence[str | os.PathLike] = (),
     license: str | None = None,
-    run: Path | None = None,
 ) -> str:
     """
     Write the README.md of an adapter or a model.
@@ -87,10 +85,10 @@ def model_card(
         repo_id (`str`): Its repository.
         base_model (`str`, *optional*): Hub id of the base of an adapter or of a merged model.
         evaluations (sequence of `str` or `os.PathLike`): Directories with `scores.json`.
-        license, run: As in [`dataset_card`].
+        license (`str`, *optional*): As in [`dataset_card`].
     """
     results = [result for place in evaluations for result in read_results(Path(place), contents.directory)]
-    steps, merged = steps_to(contents.directory, run), read_merged(contents.directory)
+    steps, merged = steps_to(contents.directory), read_merged(contents.directory)
     base_model = base_model or (merged["base"] if merged else None)
     # Of a contaminated benchmark, scores are shown with a warning, which the metadata cannot hold.
     clean = [(name, file) for name, file, contamination in results if not contamination.is_contaminated]
@@ -246,13 +244,12 @@ def _benchmark_name(benchmark: str, path: Path) -> str:
 # How a result was made, from the `stage.json` of its directory and of the directories of its inputs
 
 
-def steps_to(directory: Path, run: Path | None = None) -> list[dict[str, Any]]:
+def steps_to(directory: Path) -> list[dict[str, Any]]:
     """
     Return the stages that led to a result, in pipeline order, as far as their directories still exist.
 
     Args:
         directory (`Path`): Output of a stage, or a dataset inside it.
-        run (`Path`, *optional*): The run directory, in which inputs that have moved are searched.
 
     Returns:
         `list[dict]`: for each stage what can be published, without paths, file names and secrets: its name (`stage`),
@@ -261,7 +258,7 @@ def steps_to(directory: Path, run: Path | None = None) -> list[dict[str, Any]]:
         [`~medst_trl.data.source.SourceCard`] or None.
     """
     steps = []
-    for record in records_of(directory, run).values():
+    for record in records_of(directory).values():
         # One that is damaged, or of another program: the card says less.
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             inputs = {name: sources for name, sources in record["inputs"].items() if name != "group_salt"}

@@ -71,18 +71,17 @@ def push_directory(args: PushArguments) -> Pushed:
     ```
     """
     contents = find_contents(Path(args.source))
-    settings = {"license": args.license, "run": Path(args.run) if args.run else None}
-    base_model = args.base_model_name_or_path
+    base_model, about = args.base_model_name_or_path, {"repo_id": args.repo_id, "license": args.license}
     if contents.kind == "adapter":
         base_model = public_base(contents.directory, base_model)
     if contents.repo_type == "model":
-        card = model_card(contents, args.repo_id, base_model=base_model, evaluations=args.evaluation, **settings)
+        card = model_card(contents, **about, base_model=base_model, evaluations=args.evaluation)
     elif args.evaluation:
         raise UserError(
             f"{args.source} is a dataset. Scores (--evaluation) are for the card of a model or an adapter."
         )
     else:
-        card = dataset_card(contents, args.repo_id, **settings)
+        card = dataset_card(contents, **about)
     check_token()
     with TemporaryDirectory(prefix="medst_push_") as staging, explain_hub_errors(args.repo_id):
         fill_upload(contents, Path(staging), card, base_model)

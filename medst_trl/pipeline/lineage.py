@@ -70,13 +70,12 @@ def find_source(source: Mapping[str, Any], near: Path) -> Path | None:
     return None
 
 
-def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str, Any]]:
+def records_of(directory: Path) -> dict[Path, dict[str, Any]]:
     """
     Read the records of the stages that led to a result, as far as their directories exist and are unchanged.
 
     Args:
-        directory (`Path`): Output of a stage, or a dataset inside it.
-        run (`Path`, *optional*): The run directory, if inputs are searched there. By default, they are searched in the
+        directory (`Path`): Output of a stage, or a dataset inside it. Inputs that have moved are searched in the
             directories above each record.
 
     Returns:
@@ -89,7 +88,7 @@ def records_of(directory: Path, run: Path | None = None) -> dict[Path, dict[str,
         if path is None or path.resolve() in found:
             return
         found[path.resolve()] = record  # before its inputs, in case of a circle
-        near = run or path.parent
+        near = path.parent
         for source in chain.from_iterable(record.get("inputs", {}).values()):
             places = possible_places(source["path"], near) if "path" in source else ()
             # Directories without a record, such as the images of a source, can be large: they are not hashed.

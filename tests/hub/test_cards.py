@@ -116,7 +116,8 @@ def test_inputs_that_have_moved_are_found_in_the_run_directory(preferences, tmp_
     for name in ("prepare", "generate"):
         (tmp_path / name).rename(run / name)
     assert [step["stage"] for step in steps_to(preferences)] == ["judge"]
-    assert [step["stage"] for step in steps_to(preferences, run)] == ["prepare", "generate", "judge"]
+    (tmp_path / "judge").rename(run / "judge")
+    assert [step["stage"] for step in steps_to(run / "judge" / "preferences")] == ["prepare", "generate", "judge"]
 
 
 def test_a_missing_or_damaged_record_shortens_the_card(tmp_path):

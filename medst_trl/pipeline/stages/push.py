@@ -68,6 +68,5 @@ STAGE = Stage(
     main=main,
     plan=plan,
     inputs=(Input("source", FILE), Input("evaluation", FILE)),
-    operational=frozenset({"run"}),
 )
 STAGES.register(STAGE)
