@@ -141,8 +141,13 @@ class PushAfterStage:
 
 def _upload(args: PushArguments, contents: Contents, staging: Path) -> Pushed:
     api = HfApi(library_name="medst_trl")
-    target = {"repo_id": args.repo_id, "repo_type": contents.repo_type, "revision": args.revision}
-    url = _open_repository(api, private=args.private, **target)
+    repository = {"repo_id": args.repo_id, "repo_type": contents.repo_type}
+    url = api.create_repo(**repository, private=args.private, exist_ok=True)
+    if args.private and api.repo_info(**repository).private is False:
+        raise UserError(f"{args.repo_id} is public. Push to a private repository, or publish with --private false.")
+    if args.revision is not None:
+        api.create_branch(**repository, branch=args.revision, exist_ok=True)
+    target = repository | {"revision": args.revision}
     names = set(api.list_repo_files(**target)) - {".gitattributes"}
     if names and not args.replace_content:
         _check_ours(api, contents, target, names)
@@ -154,17 +159,7 @@ def _upload(args: PushArguments, contents: Contents, staging: Path) -> Pushed:
     message = f"Upload {contents.title} with medst_trl"
     api.upload_folder(folder_path=staging, commit_message=message, delete_patterns=patterns, **target)
     sizes = [path.stat().st_size for path in staging.rglob("*") if path.is_file()]
-    return Pushed(url, contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
-
-
-def _open_repository(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool) -> str:
-    """Create repository and branch if they do not exist. Returns the address."""
-    url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
-        raise UserError(f"{repo_id} is public. Push to a private repository, or publish with --private false.")
-    if revision is not None:
-        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
-    return str(url)
+    return Pushed(str(url), contents.title, api.repo_info(**target).sha, len(sizes), sum(sizes))
 
 
 def _check_ours(api: HfApi, contents: Contents, target: dict[str, Any], names: set[str]) -> None:
