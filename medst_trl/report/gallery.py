@@ -12,6 +12,7 @@ from medst_trl.data.image_formats import ImageProblem
 from medst_trl.engines.images import RequestImage
 from medst_trl.evaluation.metrics.strict import is_right
 from medst_trl.evaluation.scoring import read_answer
+from medst_trl.pipeline.lineage import possible_places
 
 from .flow import Judging
 from .run_directory import Run, StageRun
@@ -43,8 +44,7 @@ def judged_cases(run: Run, judge: StageRun, judging: Judging, limit: int) -> lis
     dropped = [row for row in chain(*zip_longest(*by_reason)) if row is not None]
     shown = _spread(kept, max((limit + 1) // 2, limit - len(dropped)))
     shown += dropped[: limit - len(shown)]
-    # What the stages of the same round made comes first: the run directory may have moved.
-    places = [*run.datasets("candidates", judge.round), *_paths(judge.settings.get("candidates"))]
+    places = _places(run, judge.settings.get("candidates"))
     images = find_images(run, places, "id", "images", [str(row.get("candidate")) for row in shown])
     return [row | {"images": images.get(str(row.get("candidate")), [])} for row in shown]
 
@@ -67,7 +67,7 @@ def changed_answers(run: Run, comparison: Comparison, limit: int) -> dict[str, A
         before_right, after_right = is_right(read_answer(old[key])), is_right(read_answer(new[key]))
         by_outcome[OUTCOMES[before_right, after_right]].append(key)
     shown = {name: _spread(keys, limit // 3) for name, keys in list(by_outcome.items())[:3]}
-    places = [*run.datasets("benchmark"), *_paths(after.file.content.get("benchmark"))]
+    places = _places(run, after.file.content.get("benchmark"))
     wanted = {str(new[key].get("image_id")) for keys in shown.values() for key in keys}
     images = find_images(run, places, "image_id", "image", wanted)
 
@@ -80,9 +80,10 @@ def changed_answers(run: Run, comparison: Comparison, limit: int) -> dict[str, A
     return {"before": before, "after": after, "counts": counts, "cases": cases}
 
 
-def _paths(setting: Any) -> list[Path]:
-    names = setting if isinstance(setting, list) else [setting]
-    return [Path(name) for name in names if isinstance(name, str) and name]
+def _places(run: Run, setting: Any) -> list[Path]:
+    """Return where datasets are that a stage has read. The run may have been moved or copied since."""
+    names = [name for name in (setting if isinstance(setting, list) else [setting]) if isinstance(name, str)]
+    return [place for name in names for place in possible_places(name, run.directory)]
 
 
 def _spread(items: Sequence[Any], limit: int) -> list[Any]:

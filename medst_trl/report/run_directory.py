@@ -89,11 +89,6 @@ class Run:
         """Return the runs of the stages that are wanted, in all rounds or in one."""
         return [run for run in self.stages if is_wanted(run.stage) and round in (None, run.round)]
 
-    def datasets(self, kind: str, round: int | None = None) -> list[Path]:
-        """Return the directories of the datasets of a kind that the stages make."""
-        made = [(run, output) for run in self.select(lambda stage: True, round) for output in run.stage.outputs]
-        return [run.directory / output.directory for run, output in made if output.kind == kind]
-
     def lineage(self, reader: StageRun, name: str) -> list[StageRun]:
         """Return the stages that made a model which a stage read under this name, the last one first."""
         found: list[StageRun] = []
