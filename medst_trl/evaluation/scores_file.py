@@ -172,10 +172,7 @@ def tenths(value: float | None, sign: str = "") -> str:
 
 def brackets(interval: Sequence[float] | None, sign: str = "") -> str:
     """Format an interval; empty for None."""
-    if not interval:
-        return ""
-    low, high = interval
-    return f"[{tenths(low, sign)}, {tenths(high, sign)}]"
+    return f"[{tenths(interval[0], sign)}, {tenths(interval[1], sign)}]" if interval else ""
 
 
 def format_change(leaf: Leaf) -> str:

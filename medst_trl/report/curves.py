@@ -3,7 +3,7 @@
 """Training curves of a stage, from the log of its trainer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -84,7 +84,7 @@ def displacement(log: Log) -> str | None:
     )
 
 
-def final_values(log: Log, keys: Sequence[str]) -> dict[str, float]:
+def final_values(log: Log, keys: Iterable[str]) -> dict[str, float]:
     """Return the mean of each figure over the end of training."""
     logged = {key: [y for _, y in _points(log, key)] for key in keys}
     return {key: fmean(ys[-max(1, round(LAST_PART * len(ys))) :]) for key, ys in logged.items() if ys}

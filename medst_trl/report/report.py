@@ -26,15 +26,6 @@ from .text import environment, relative_path, without_paths
 
 GENERATOR = "medst_trl report"  # written into the page, so that a page of ours is recognized and can be replaced
 
-# Values at the end of training.
-_TRAINED = {
-    "loss at the end, nats": "loss",
-    "reward margin at the end": "rewards/margins",
-    "pairs in the judge's order at the end": "rewards/accuracies",
-    "change of the chosen answers, nats": "logratios/chosen",
-    "change of the rejected answers, nats": "logratios/rejected",
-}
-
 
 class Round:
     """
@@ -122,7 +113,6 @@ def make_report(args: ReportArguments) -> Report:
         "changed_answers": [changed for c in comparisons if (changed := changed_answers(run, c, args.gallery))],
         "supervised": [_training(run, one) for one in run.select(lambda stage: stage.trains and not stage.repeats)],
         "rounds": rounds,
-        "trained_figures": _TRAINED,
         "versions": _versions(run),
         "seconds": sum(stage.record.get("seconds", 0) for stage in run.stages),
     }
@@ -151,7 +141,7 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
 def _training(run: Run, stage: StageRun) -> dict[str, Any]:
     """Return the curves of a training stage and what they show."""
     log = read_log(run, stage)
-    values = final_values(log, list(_TRAINED.values()))
+    values = final_values(log, {key for entry in log for key in entry})
     return {"run": stage, "charts": training_charts(log), "final_values": values, "displacement": displacement(log)}
 
 
