@@ -14,7 +14,7 @@ import sys
 from medst_trl import score_vqa
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.predictions import read_predictions
-from medst_trl.evaluation.scores_file import format_scores
+from medst_trl.evaluation.scores_file import ScoresFile
 
 
 EXAMPLES = [
@@ -46,8 +46,9 @@ def main(predictions: str | None = None) -> dict[str, dict]:
         records, rejected = read_predictions(predictions)
         print(f"{predictions}: {len(records)} predictions, {len(rejected)} rejected")
     scores = {variant: score_vqa(records, variant=variant) for variant in ("strict", "llava_med")}
-    for score in scores.values():
-        print(f"\n{format_scores(score)}")
+    tables = ScoresFile({"scores": scores})
+    for variant in scores:
+        print(f"\n{tables.table(variant)}")
     return scores
 
 

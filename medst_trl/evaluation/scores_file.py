@@ -98,7 +98,11 @@ class ScoresFile:
         ]
 
     def table(self, metric: str) -> str:
-        """Format the scores of a metric, see [`format_scores`]."""
+        """
+        Format the scores of a metric with one line per figure: n, value with its interval, the majority baseline, and
+        each control with the difference to it. Question types have one line for each figure with `by_type`; their
+        other figures are in the scores.
+        """
         leaves, shown = self.scores[metric], self.shown(metric)
         with_majority = any("majority" in leaves[path] for path in shown)
         header = ["", "n", "%", "95% interval", *(["majority"] if with_majority else [])]
@@ -127,27 +131,6 @@ class ScoresFile:
         if counts.get("refused"):
             blocks.append(f"{counts['refused']} questions were refused and count as wrong.")
         return "\n\n".join(blocks)
-
-
-def format_scores(scores: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """
-    Format scores with one line per figure: n, value with its interval, the majority baseline, and each control with
-    the difference to it.
-
-    Question types have one line for each figure with `by_type`; their other figures are in the scores.
-
-    Args:
-        scores (`dict`):
-            Result of [`~medst_trl.evaluation.scoring.score_vqa`].
-        controls (`dict`, *optional*):
-            Name of each control to the result of [`~medst_trl.evaluation.scoring.compare_vqa`].
-
-    Returns:
-        `str`: the table, without a final line break.
-    """
-    metric = scores["variant"]
-    others = {name: {metric: result} for name, result in (controls or {}).items()}
-    return ScoresFile({"scores": {metric: scores}, "controls": others}).table(metric)
 
 
 def _read_scores(by_metric: Mapping[str, Any]) -> Scores:

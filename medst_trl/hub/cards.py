@@ -154,12 +154,11 @@ def _split(directory: Path, split: str) -> dict[str, Any]:
     rows = sum(pq.read_metadata(shard).num_rows for shard in shards)
     column = next((name for name in ("image_ids", "image_id") if name in pq.read_schema(shards[0]).names), None)
     patterns = sorted({re.sub(r"-\d{5}-of-\d{5}\.", "-*.", shard.name) for shard in shards})
-    about = {"name": split, "rows": rows, "path": patterns[0] if len(patterns) == 1 else patterns}
-    if column is None:  # a dataset in TRL's own format
-        return about | {"images": None}
-    ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
-    images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
-    return about | {"images": images}
+    images = None
+    if column is not None:  # a dataset in TRL's own format has none
+        ids = pq.read_table(shards, columns=[column], partitioning=None)[column]
+        images = pc.count_distinct(pc.list_flatten(ids) if column == "image_ids" else ids).as_py()
+    return {"name": split, "rows": rows, "path": patterns[0] if len(patterns) == 1 else patterns, "images": images}
 
 
 def _title(repo_id: str) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.metrics import llava_med, strict
-from medst_trl.evaluation.scores_file import format_scores
+from medst_trl.evaluation.scores_file import ScoresFile
 from medst_trl.evaluation.scoring import compare_vqa, iter_figures, score_vqa
 
 
@@ -240,7 +240,7 @@ class TestProperties:
             if leaf["interval"]:
                 assert leaf["interval"][0] - 1e-9 <= leaf["value"] <= leaf["interval"][1] + 1e-9, path
         json.dumps(scores, allow_nan=False)
-        assert format_scores(scores)
+        assert ScoresFile({"scores": {variant: scores}}).table(variant)
 
     def test_more_images_narrow_the_interval(self):
         rng = random.Random(0)
@@ -263,7 +263,7 @@ class TestProperties:
         grouped = [row | {"group_id": row["image_id"].split("-")[0]} for row in rows]
         scores = score_vqa(grouped)
         assert (scores["bootstrap"]["unit"], scores["n_groups"], scores["n_images"]) == ("group", 50, 300)
-        assert "of 50 groups" in format_scores(scores)
+        assert "of 50 groups" in ScoresFile({"scores": {"strict": scores}}).table("strict")
         low, high = scores["closed"]["accuracy"]["interval"]
         assert high - low == pytest.approx(2 * 196 * (0.25 / 50) ** 0.5, abs=3)  # a proportion of one half in 50
         low, high = score_vqa(rows)["closed"]["accuracy"]["interval"]
@@ -401,7 +401,8 @@ def test_differences_are_paired_by_group():
 
 def test_the_table_shows_the_difference():
     real, control = closed_rows(["yes"] * 20), closed_rows(["no"] * 20)
-    table = format_scores(score_vqa(real), {"blank": compare_vqa(real, control)})
+    controls = {"blank": {"strict": compare_vqa(real, control)}}
+    table = ScoresFile({"scores": {"strict": score_vqa(real)}, "controls": controls}).table("strict")
     line = next(line for line in table.splitlines() if line.startswith("closed: accuracy"))
     assert line.split()[2:4] == ["20", "100.0"]
     assert "+100.0 [+100.0, +100.0]" in line
