@@ -116,8 +116,8 @@ def bar_chart(
 
 
 def _draw(title: str, unit: str, height: float, x: "_Axis", **values: Any) -> Markup:
-    about = {"title": title, "unit": unit, "height": height, "width": WIDTH, "x": x}
-    return Markup(environment().get_template("charts.svg.jinja").render(about | values))
+    template = environment().get_template("charts.svg.jinja")
+    return Markup(template.render(values, title=title, unit=unit, height=height, width=WIDTH, x=x))
 
 
 class _Axis:

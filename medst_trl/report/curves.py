@@ -71,10 +71,7 @@ def displacement(log: Log) -> str | None:
         return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} nats).{note}"
     reason = ""
     if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
-        reason = (
-            "The margin grows because the rejected answers lose even more, so a growing margin does not show a better "
-            "model here. "
-        )
+        reason = "The margin grows because the rejected answers lose even more: it does not show a better model. "
     elif margin is not None and margin <= 0:
         reason = "The margin has not grown either: the rejected answers have not lost more. "
     return (

@@ -17,6 +17,7 @@ from medst_trl.pipeline.lineage import possible_places
 from .flow import Judging
 from .run_directory import Run, StageRun
 from .scores import Comparison, read_answers
+from .text import relative_path
 
 
 IMAGE_SIZE = 320  # longest side of an image on the page, in pixels
@@ -81,9 +82,10 @@ def changed_answers(run: Run, comparison: Comparison, limit: int) -> dict[str, A
 
 
 def _places(run: Run, setting: Any) -> list[Path]:
-    """Return where datasets are that a stage has read. The run may have been moved or copied since."""
+    """Return where datasets are that a stage has read, first in the run: it may have been moved or copied since."""
     names = [name for name in (setting if isinstance(setting, list) else [setting]) if isinstance(name, str)]
-    return [place for name in names for place in possible_places(name, run.directory)]
+    places = [place for name in names for place in possible_places(name, run.directory)]
+    return sorted(places, key=lambda place: not place.is_relative_to(run.directory))
 
 
 def _spread(items: Sequence[Any], limit: int) -> list[Any]:
@@ -118,7 +120,7 @@ def find_images(
             filters = [(key, "in", missing)]
             rows = parquet.read_table(path, columns=[key, column], filters=filters, partitioning=None).to_pylist()
         except Exception as error:  # pyarrow has an exception for each way in which a file can be damaged
-            name = run.name(path) if path.is_relative_to(run.directory) else path.name
+            name = relative_path(path, run.directory)
             run.notes.append(f"The images in {name} cannot be read ({type(error).__name__}).")
             continue
         for row in rows:

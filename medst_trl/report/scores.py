@@ -119,9 +119,6 @@ class Comparison:
         """The first file that has a figure, for its label, n and majority baseline."""
         return next(e.file for e in self.evaluations if path in e.file.scores.get(metric, {}))
 
-    def is_better(self, metric: str, path: FigurePath, change: float) -> bool:
-        return (change > 0) == self.first(metric, path).about(metric, path).get("higher_is_better", True)
-
     def rows(self, metric: str) -> list[FigurePath]:
         """Figures that any evaluation lists, those of question types last."""
         found = dict.fromkeys(path for evaluation in self.evaluations for path in evaluation.file.shown(metric))
