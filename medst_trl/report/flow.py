@@ -8,8 +8,6 @@ from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
-from markupsafe import Markup
-
 from medst_trl.base.files import read_jsonl
 from medst_trl.data.schema import KINDS
 from medst_trl.pipeline.stage import STAGES, Stage
@@ -110,7 +108,10 @@ def _step(run: Run, stage: StageRun, judging: Judging | None) -> dict[str, Any]:
     _add(run, made, left_out, "", counts)
     if judging:
         kept = judging.statistics["pairs"] - left_out.total()
-    return {"run": stage, "made": made, "chart": _bars(left_out, kept if is_number(kept) else None)}
+    bars = [Bar("kept", kept)] if is_number(kept) else []
+    title = "Kept, and left out by reason" if bars else "Left out, by reason"
+    bars += [Bar(words(reason), n, muted=True) for reason, n in left_out.most_common()]
+    return {"run": stage, "made": made, "chart": bar_chart(title, bars, digits=None, axis=False)}
 
 
 def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, value: Any) -> None:
@@ -124,10 +125,3 @@ def _add(run: Run, made: list[tuple[str, float]], left_out: Counter, name: str, 
             else:
                 inner_name = (f"{name}: " if name else "") + words(relative_path(key, run.directory))
                 _add(run, made, left_out, name if key in UNNAMED else inner_name, inner)
-
-
-def _bars(left_out: Counter, kept: int | None) -> Markup:
-    bars = [] if kept is None else [Bar("kept", kept)]
-    bars += [Bar(words(reason), n, muted=True) for reason, n in left_out.most_common()]
-    title = "Left out, by reason" if kept is None else "Kept, and left out by reason"
-    return bar_chart(title, bars, digits=None, axis=False)
