@@ -1,6 +1,6 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Test predictions files of medst_trl. tests/interop/predictions tests those of other projects."""
+"""Test predictions files of medst_trl. tests/interop tests those of other projects."""
 
 import json
 

@@ -16,7 +16,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.data.sources.vqa import read_vqa_rad, read_vqa_rad_mevf
 from medst_trl.evaluation.predictions import guess_format, read_predictions
 from medst_trl.evaluation.scoring import score_vqa
-from medst_trl.interop.predictions.medevalkit import final_answer
+from medst_trl.interop.predictions import final_answer
 
 
 OPTIONS = " Please choose from the following two options: [yes, no]"

@@ -1,2 +1,0 @@
-# Copyright 2026 The medst_trl authors.
-# SPDX-License-Identifier: Apache-2.0
