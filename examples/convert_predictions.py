@@ -29,8 +29,7 @@ from typing import Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.files import write_json, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
-from medst_trl.evaluation.predictions import read_predictions
-from medst_trl.evaluation.questions import GOLD
+from medst_trl.evaluation.predictions import GOLD, read_predictions
 
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}  # of VLMEvalKit's tables

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from medst_trl import score_vqa
-from medst_trl.evaluation.questions import answer_type
+from medst_trl.evaluation.predictions import answer_type
 from medst_trl.evaluation.scoring import score_records
 
 

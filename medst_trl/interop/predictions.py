@@ -23,8 +23,7 @@ from typing import Any
 
 from medst_trl.data.cells import BadRecord
 from medst_trl.data.reading import read_rows
-from medst_trl.evaluation.predictions import PREDICTION_FORMATS, PredictionFormat
-from medst_trl.evaluation.questions import GOLD, NOT_ENGLISH, answer_type
+from medst_trl.evaluation.predictions import GOLD, NOT_ENGLISH, PREDICTION_FORMATS, PredictionFormat, answer_type
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
