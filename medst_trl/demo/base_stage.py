@@ -142,7 +142,7 @@ def _trainer(args: BaseArguments, model: "PreTrainedModel", processor: "Processo
 
     from medst_trl.training.upstream import ResumesExactly
 
-    from .base_data import training_conversations
+    from .tiny_model import training_conversations
 
     # Plain Trainer: a tiny model on a CPU spends a third of its time on the statistics that SFTTrainer gathers.
     class ResumingTrainer(ResumesExactly, Trainer):

@@ -20,8 +20,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from medst_trl.data.schema import image_part, instruct_features, message, text_part
-from medst_trl.demo.base_data import WORDS, all_texts
-from medst_trl.demo.tiny_model import CHAT_TEMPLATE, train_tokenizer
+from medst_trl.demo.tiny_model import CHAT_TEMPLATE, WORDS, all_texts, train_tokenizer
 
 
 if TYPE_CHECKING:
