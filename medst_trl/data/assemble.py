@@ -92,8 +92,6 @@ def assemble(
     noted = {entry["image_id"]: entry["note"] for entry in index.values() if entry.get("note")}
     notes = {**records.counts, **Counter(noted.values()), **(overlap if records.questions else {})}
     notes |= _notes(usable, rows, validation_fraction)
-    if is_compared and plain and splits["test"]:
-        notes["images_too_plain_to_find_near_copies"] = len(plain)
     if (disjoint == "group" or groups.level == "directory") and not any(record.group for record in usable):
         notes["groups"] = "none. Set --group_column or --group_by."
     counts = {
@@ -210,25 +208,16 @@ def _count(rows: list[dict]) -> dict[str, int]:
 
 def _instruct_rows(conversations: Iterable[Conversation]) -> list[dict]:
     return [
-        {
-            "id": conversation.id,
-            "images": list(conversation.images),
-            "image_ids": list(conversation.image_ids),
-            "messages": conversation.messages,
-            "group_id": conversation.group,
-        }
-        for conversation in conversations
+        {"id": one.id, "images": list(one.images), "image_ids": list(one.image_ids)}
+        | {"messages": one.messages, "group_id": one.group}
+        for one in conversations
     ]
 
 
 def _benchmark_rows(questions: Iterable[Question]) -> list[dict]:
     return [
-        {
-            "image_id": image,
-            "image": about[0].images[0],
-            "questions": [{name: getattr(question, name) for name in QUESTION_FIELDS} for question in about],
-            "group_id": _with_group(about).group,
-        }
+        {"image_id": image, "image": about[0].images[0], "group_id": _with_group(about).group}
+        | {"questions": [{name: getattr(question, name) for name in QUESTION_FIELDS} for question in about]}
         for (image,), about in by_image(questions).items()
     ]
 
@@ -297,6 +286,7 @@ def hold_out(
 
 
 def _asked(record: Conversation | Question) -> list[str]:
+    """Return the normalized question that a record asks, in a list, or an empty list for conversations."""
     return [plain_question(record.question)] if isinstance(record, Question) else []
 
 

@@ -129,8 +129,8 @@ class Grouping:
     """
     Joins records that share a group, an image or a near copy.
 
-    Two exceptions keep the groups of a hospital apart. Plain images (such as black slices) and near copies of images
-    in another group (such as pages of a report) occur with many patients, and do not join their groups.
+    Plain images (such as black slices) and near copies of images in another group (such as pages of a report) do not
+    join groups, because they occur in the data of many patients.
 
     Near copies are joined in chains: of the slices of a volume, each is a near copy of the next. That is right for
     what must not be divided. To find what two splits share, compare the images directly, see

@@ -60,26 +60,23 @@ def load_records(
         UserError: if the dataset or split does not exist, if the stage that writes it was interrupted, or for other
             columns.
     """
-    dataset = _open(path_or_hub_id, split, kind)
+    from datasets import load_dataset
+
+    path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    with readable_errors(name, lambda: _datasets_near(path, split, kind)):
+        if path.exists():
+            dataset = _read(split_files(path, split, kind), split, kind)
+        elif is_only_on_hub(name):
+            hub_id, revision = split_revision(name)
+            dataset = load_dataset(hub_id, split=split, revision=revision)
+        else:
+            raise FileNotFoundError
     found = kind_of(dataset.features)
     if kind is None and found is not None and not missing_columns(dataset.features, found.name):
         kind = found.name
-    with located(str(path_or_hub_id)):
+    with located(name):
         dataset = _rows_of_split(dataset if kind is None else conform(dataset, kind), split)
     return with_image_ids(dataset) if identify else dataset
-
-
-def _open(path_or_hub_id: str | PathLike, split: str, kind: str | None) -> "Dataset":
-    from datasets import load_dataset
-
-    path = Path(path_or_hub_id)
-    with readable_errors(path_or_hub_id, lambda: _datasets_near(path, split, kind)):
-        if path.exists():
-            return _read(split_files(path, split, kind), split, kind)
-        if not is_only_on_hub(str(path_or_hub_id)):
-            raise FileNotFoundError
-        hub_id, revision = split_revision(str(path_or_hub_id))
-        return load_dataset(hub_id, split=split, revision=revision)
 
 
 @contextmanager

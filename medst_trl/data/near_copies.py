@@ -11,6 +11,7 @@ Mirrored, rotated, padded, inverted and brighter copies are not found either.
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -85,9 +86,10 @@ def near_copies(first: Mapping[str, str | None], second: Mapping[str, str | None
 
     starts = range(0, len(names), rows)
     found = tqdm(ordered_map(compare, starts, cores()), "near copies", len(starts), disable=len(starts) < 1000 or None)
-    for places in found:
-        for row, column in places:
-            for one, other in [(row, column), (column, row)][: 1 + (first is second)]:
-                if names[one] != others[other]:
-                    near.setdefault(names[one], set()).add(others[other])
+    for row, column in chain.from_iterable(found):
+        pairs = [(names[row], others[column])]
+        pairs += [(others[column], names[row])] if first is second else []
+        for one, other in pairs:
+            if one != other:
+                near.setdefault(one, set()).add(other)
     return near

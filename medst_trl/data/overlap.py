@@ -121,11 +121,17 @@ def why_groups_not_compared(benchmark: Inventory, training: Inventory) -> str | 
 
 
 def normalized(text: str) -> str:
-    """Return the words of a text in lower case without punctuation; the whole text if it has no words."""
+    """
+    Return the words of a text in lower case without punctuation; the whole text if it has no words. `judge` and
+    `evaluate` compare questions of different datasets like this.
+    """
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORD.findall(plain)) or plain.strip()
 
 
 def plain_question(text: str) -> str:
-    """Return a question in lower case with single spaces. `prepare` compares questions of a source like this."""
+    """
+    Return a question in lower case with single spaces. `prepare` compares the questions of one source like this;
+    [`normalized`] would find more pairs than the published splits have.
+    """
     return " ".join(text.lower().split())

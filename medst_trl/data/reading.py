@@ -161,7 +161,10 @@ def _values(text: str, at: int = 0, key: str | None = None) -> Iterator[Any]:
 
     Without a key, `text` is one record, or several if a file without a last line break was appended to.
     """
-    while (at := _BETWEEN.match(text, at).end()) < len(text) and not (key and text[at] == "]"):
+    while True:
+        at = _BETWEEN.match(text, at).end()
+        if at == len(text) or (key and text[at] == "]"):
+            return
         try:
             item, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
