@@ -231,9 +231,7 @@ def _with_group(questions: Collection[Question]) -> Question:
 
 
 def hold_out(
-    records: Collection[Conversation | Question],
-    disjoint: str = "none",
-    near: Mapping[str, Set[str]] | None = None,
+    records: Collection[Conversation | Question], disjoint: str = "none", near: Mapping[str, Set[str]] | None = None
 ) -> tuple[dict[str, list[Conversation | Question]], dict[str, int], list[Rejected]]:
     """
     Remove from train what is also in test or validation, and from validation what is also in test.

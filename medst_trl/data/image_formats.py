@@ -165,7 +165,6 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOI, _EOI, _SOS, _APP0, _APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 # Frame headers, Huffman and arithmetic tables (C0-CF), scan, quantization tables, lines, restarts, hierarchy (DA-DF).
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)} - {0xC8}
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def without_metadata(image: Image.Image, data: bytes) -> bytes | None:
@@ -216,14 +215,12 @@ def strip_png(data: bytes) -> bytes | None:
     Returns `None` unless it is 8-bit gray or RGB, for which no other chunk holds pixels. (The caller checks for
     transparency.)
     """
-    if data[:8] != _PNG_SIGNATURE or data[12:16] != b"IHDR" or data[24] != 8 or data[25] not in (0, 2):
+    if data[12:16] != b"IHDR" or data[24:26] not in (b"\x08\x00", b"\x08\x02"):
         return None
-    parts, at = [_PNG_SIGNATURE], 8
-    while at + 12 <= len(data):
+    parts, at, kind = [data[:8]], 8, b""  # first the signature
+    while kind != b"IEND" and at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         if kind in (b"IHDR", b"IDAT", b"IEND"):
             parts.append(data[at : at + 12 + length])
         at += 12 + length
-        if kind == b"IEND" and at <= len(data):
-            return b"".join(parts)
-    return None
+    return b"".join(parts) if kind == b"IEND" and at <= len(data) else None

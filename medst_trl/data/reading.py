@@ -275,50 +275,52 @@ def _text_table(
     csv.field_size_limit(sys.maxsize)  # an endless answer of a model may exceed csv's 128 KiB
     # Only line breaks end a row; `str.splitlines` would split at other characters, too.
     lines = list(io.StringIO(read_text_file(path, "table", notes), newline=""))
-    own = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-    signs, at = [own, *(sign for sign in ",;\t|" if sign != own)], 0
+    default = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+    delimiters, at = [default, *(one for one in ",;\t|" if one != default)], 0
     if lines and (declared := _DECLARED_SEPARATOR.match(lines[0])):
-        signs, at = [declared[1]], 1
+        delimiters, at = [declared[1]], 1
     while at < len(lines) and not lines[at].strip():
         at += 1
-    plain = own if own == "\t" and not has_quotes else None  # in a .tsv file, other programs write no quotes
-    starts = {sign: _cells(lines, at, sign, sign != plain) for sign in signs}
-    headers = {sign: column_names(cells or (), key) for sign, (cells, _) in starts.items()}
-    sign = next((sign for sign in signs if key in headers[sign]), max(signs, key=lambda sign: len(headers[sign])))
-    first, at, header = at, at + starts[sign][1], headers[sign]
-    if at > first + 1 and any(sign in name for name in header):  # a quote closes in a row
+    # In a .tsv file, other programs write no quotes.
+    unquoted = "\t" if default == "\t" and not has_quotes else None
+    starts = {one: _cells(lines, at, one, one != unquoted) for one in delimiters}
+    headers = {one: column_names(cells or (), key) for one, (cells, _) in starts.items()}
+    longest = max(delimiters, key=lambda one: len(headers[one]))
+    delimiter = next((one for one in delimiters if key in headers[one]), longest)
+    first, at, header = at, at + starts[delimiter][1], headers[delimiter]
+    if at > first + 1 and any(delimiter in name for name in header):  # a quote closes in a row
         raise UserError(f"The quotes in the header of {path} do not match: {lines[first].strip()}. Correct it.")
     yield first + 1, header
-    is_quoted = any(re.match(rf'(.*{re.escape(sign)})? *"', line) for line in lines[first:])
+    is_quoted = any(re.match(rf'(.*{re.escape(delimiter)})? *"', line) for line in lines[first:])
     while at < len(lines):
-        cells, taken = _cells(lines, at, sign, sign != plain)
+        cells, taken = _cells(lines, at, delimiter, delimiter != unquoted)
         text = "".join(lines[at : at + taken])
-        if taken > 1 and (len(cells) != len(header) or _swallows_rows(text, cells, header.index(key), sign)):
+        if taken > 1 and (len(cells) != len(header) or _swallows_rows(text, cells, header.index(key), delimiter)):
             cells, taken = None, 1
-        elif is_quoted and sign != plain and text.count('"') % 2:  # if no cell is quoted, these are inches
+        elif is_quoted and delimiter != unquoted and text.count('"') % 2:  # if no cell is quoted, these are inches
             cells = None
         if cells is None or any(cell.strip() for cell in cells):
             yield at + 1, cells
         at += taken
 
 
-def _cells(lines: list[str], at: int, sign: str, has_quotes: bool) -> tuple[list[str] | None, int]:
+def _cells(lines: list[str], at: int, delimiter: str, has_quotes: bool) -> tuple[list[str] | None, int]:
     """Return the cells of the row that starts at a line, None if its quotes do not match, and its number of lines."""
     quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
     rest = (lines[number] for number in range(at, len(lines)))
-    reader = csv.reader(rest, delimiter=sign, quoting=quoting, strict=True, skipinitialspace=True)
+    reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=True)
     try:
         return next(reader, []), reader.line_num
     except csv.Error:
         return None, 1
 
 
-def _swallows_rows(text: str, cells: list[str], column: int, sign: str) -> bool:
+def _swallows_rows(text: str, cells: list[str], column: int, delimiter: str) -> bool:
     """
     Whether a quoted cell of several lines contains other rows, because a quote is missing. A line counts as a row if
     it has as many cells as the row and, in the column that names it, such as the image, a name of the same kind.
     """
-    rows = (line.split(sign) for line in re.split("[\r\n]+", text))
+    rows = (line.split(delimiter) for line in re.split("[\r\n]+", text))
     names = [row[column].strip(' "') for row in rows if len(row) == len(cells)]
     names = [name for name in names if name and _kind_of_name(name) == _kind_of_name(cells[column])]
     if (own := cells[column].strip()) in names:
