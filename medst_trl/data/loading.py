@@ -142,8 +142,7 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
         check_missing(given, own.name)
     if notes and rank() == 0:
         print(f"{where}: {', '.join(notes.values())}")
-    columns = features_of(own.name, extras=given).items()
-    wanted = {name: feature for name, feature in columns if own.optional.get(name) != []}
+    wanted = features_of(own.name, extras=given)
     column = "images" if "images" in wanted else "image"
     reader, rows = RowReader(own, [name for name in wanted if name != column]), []
     for place, (path, position, record) in enumerate(records):
@@ -155,7 +154,7 @@ def _read_json(files: list[Path], kind: str | None) -> "Dataset":
             row = reader.read(record, len(images), place, name) | {"split": optional_text(record.get("split"))}
             rows.append(row | {column: images if column == "images" else next(iter(images), None)})
     report_unusable(reader.problems, reader.used, where)
-    return Dataset.from_list(rows, Features(wanted | {"split": Value("string")}))
+    return Dataset.from_list(rows, Features({**wanted, "split": Value("string")}))
 
 
 def _rows_of_split(dataset: "Dataset", split: str) -> "Dataset":
