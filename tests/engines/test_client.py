@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from email.utils import formatdate
 
 import httpx2
@@ -434,6 +435,28 @@ def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
     with pytest.raises(UserError, match="asks to wait"):
         list(client.run([request(str(number)) for number in range(8)], at_once=8))
     assert len(sent) == 4 and time.monotonic() - start < 10
+
+
+def test_calls_that_wait_for_a_retry_keep_their_slots():
+    """A server with a rate limit would otherwise refuse all calls of a run in turn, until they give up."""
+    sent, open_calls, most = Counter(), set(), 0
+
+    def respond(http_request):
+        nonlocal most
+        key = json.loads(http_request.content)["messages"][0]["content"]
+        sent[key] += 1
+        open_calls.add(key)
+        most = max(most, len(open_calls))
+        if sent[key] < 3:
+            return httpx2.Response(429, json={"error": {"message": "busy"}})
+        open_calls.discard(key)
+        return httpx2.Response(200, json=completion())
+
+    http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
+    client = Client("m", CallSettings(concurrency=4), http_client=http)
+    calls = [request(str(number), messages=[{"role": "user", "content": str(number)}]) for number in range(20)]
+    assert all(outcome.reading for _, outcome in client.run(calls, at_once=20))
+    assert most == 4 and sent == Counter({str(number): 3 for number in range(20)})
 
 
 def test_a_run_that_stops_starts_no_follow_ups():

@@ -24,7 +24,7 @@ from .prompt import JUDGE_PROMPTS, MAX_CHARS, Reading, winner
 from .settings import ORDERS, JudgeSettings
 
 
-CALLS_PER_SLOT = 6  # calls in flight per concurrent call, so that slots stay busy while some wait for a retry
+CALLS_PER_SLOT = 2  # calls in flight per concurrent call: images of the next ones are encoded meanwhile
 # Messages for a run in which the judge refuses everything.
 _ADVICE = {
     "content_filter": "The judge refuses every pair for its content. Choose another --model",
@@ -111,10 +111,11 @@ class PairwiseJudge(JudgeSettings):
         self.captions = dict(self.captions or {})
         self.prompt = JUDGE_PROMPTS.get(self.prompt_version)
         if self.local is not None:
+            self.model = self.model or "local"
             self.price_per_million_input_tokens = self.price_per_million_output_tokens = 0.0
+        self.check_judge(is_local=self.local is not None)
         self.prices = self.prices_of(self.model)
         self.events: Counter[str] = Counter()
-        self.check_judge(is_local=self.local is not None)
         if self.captions and "captions" not in self.prompt.uses:
             able = [prompt.name for prompt in JUDGE_PROMPTS.values() if "captions" in prompt.uses]
             raise UserError(

@@ -373,6 +373,7 @@ def test_all_pairs_are_judged_despite_random_faults():
         ({"max_cost": 1}, "max_cost needs prices"),
         ({"captions": {"a": "b"}, "prompt_version": "paper"}, "'paper' does not show reference captions"),
         ({"model": ""}, "Set --model"),
+        ({"model": None}, "Set --model"),
     ],
 )
 def test_invalid_settings_are_refused(invalid, message):
