@@ -1,13 +1,187 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read the two scores of a judge's reply, in free text or JSON. An ambiguous reply gives None."""
+"""
+Read what a judge's reply says about two answers: their scores, and which is better, in JSON objects or in free text.
 
+What is ambiguous is None.
+"""
+
+import json
 import re
-from collections.abc import Iterable
-from typing import Literal
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from typing import Any, Literal
 
-from .objects import NOUN, NUMBER, OUT_OF, WHICH, plain_text, read_statements
+import yaml
+
 from .prompt import winner
+
+
+LONGEST = 20_000  # characters read from each end
+MOST_LOOSE = 8  # objects in one reply that are not JSON; the parser for them is slow
+WHICH = {"1": 0, "one": 0, "a": 0, "first": 0, "2": 1, "two": 1, "b": 1, "second": 1}
+NOUN = r"(?:answer|assistant|response|candidate|model|reply|option)"
+NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
+OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
+
+_REASONED = re.compile(
+    rf"\s*{NUMBER}{OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?"
+)  # "8/10 - it sees the lesion"
+# Names and values are compared in lower case without blanks and marks.
+_ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
+_ANSWER_NAME = re.compile(_ANSWER)
+# Not empty. Names in the last group do not say which answer is meant: an index may start at 0, and a rank is not a
+# position.
+_IDENTIFIES = re.compile(rf"(?=.){NOUN}?(?:id|name|label|letter|number|no|key|(index|idx|rank|position|order))?|which")
+_VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
+_IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")
+_IS_TIE = re.compile(r"(?:itsa|a)?(?:tie|draw)|equal(?:lygood)?|neither(?:isbetter)?")
+_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
+_STRAIGHT = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''" + '""""')
+_APOSTROPHE = re.compile(r"\\'|(?<=\w)'(?=\w)")
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+
+
+def plain_text(text: str) -> str:
+    """Return a reply without thoughts, in ordinary letters, and with its middle left out if it is very long."""
+    if len(text) > 2 * LONGEST:
+        text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
+    return _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
+
+
+def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | None:
+    """
+    Return the scores and verdicts of two answers in the objects of a text, at any depth. Answers may be called `1`,
+    `A`, `first`, `Answer 1`, `Assistant A` or `response_1`; verdicts `verdict`, `winner`, `better` or `preference`.
+
+    Scores may be in an object or a field of each answer, of each criterion (`{"accuracy": {"answer_1": 8, ...}}`), of
+    both (`answer_1_accuracy`), or in lists in the order of the answers. Objects in the notations of Python,
+    JavaScript and YAML are read as well: other quotes, trailing commas, comments, names without quotes.
+
+    Returns:
+        `dict` or `None`: scores (0 to 10) by answer (0 or 1, None if its name is missing) and criterion (None for a
+        score without one), and `verdict`: 0, 1, `"tie"` or another text. A value is None if it is ambiguous: the
+        objects contradict each other, or a score is on another scale. None without objects.
+    """
+    names, found = "|".join(criteria), defaultdict(set)
+    # Of an answer, of a criterion, of both in any order, or of neither.
+    of_answer = rf"(?:(?:score|rating)?(?:of|for)?{_ANSWER})?"
+    score_name = re.compile(rf"({names})?{of_answer}({names})?(?:(?:score|rating)s?)?")
+
+    def collect(items: tuple, outer_answer: int | None, outer_criterion: str | None) -> None:
+        """Add what an object says. The outer answer and criterion are those of the object around it."""
+        for key, value in items:
+            name, named, criterion = _plain(key), outer_answer, outer_criterion
+            if match := score_name.fullmatch(name):
+                named, criterion = WHICH.get(match[2], outer_answer), match[1] or match[3] or outer_criterion
+            values = value if isinstance(value, list) else [value]
+            for place, item in enumerate(values):
+                answer = _answer_of(item, place) if named is None and len(values) == 2 else named
+                if isinstance(item, tuple):
+                    collect(item, answer, criterion)
+                elif _VERDICT.fullmatch(name) and not isinstance(item, bool):  # {"answer_1": {"preferred": true}}
+                    verdict = _verdict(item)
+                    # Other names also hold remarks: {"verdict": "A", "better": "slightly"}
+                    if verdict in (0, 1, "tie") or name.endswith(("verdict", "winner")):
+                        found["verdict"].add(verdict)
+                elif match and re.search(r"\d", str(item)):
+                    score = _score(item)
+                    if score is not None or answer is not None:
+                        found[answer, criterion].add(score)
+
+    try:
+        objects = _find_objects(text)
+        for item in objects:
+            collect(item, None, None)
+    except RecursionError:
+        return {}
+    statements = {key: values.pop() if len(values) == 1 else None for key, values in found.items()}
+    return statements if objects else None
+
+
+def _find_objects(text: str) -> list[tuple]:
+    """
+    Return the objects in a text, each as a tuple of its pairs: a key may occur twice. A text that is a list is
+    returned as an object with the key `scores`.
+    """
+    whole = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    if whole.startswith("["):
+        with suppress(ValueError):
+            return [(("scores", _DECODER.decode(whole)),)]
+    starts, ends = [], {}
+    for brace in re.finditer("[{}]", text):
+        if brace[0] == "{":
+            starts.append(brace.start())
+        elif starts:
+            ends[starts.pop()] = brace.end()
+    found, loose, at = [], 0, 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            item, end = _DECODER.raw_decode(text, at)
+        except ValueError:
+            end, loose = ends.get(at), loose + (at in ends)
+            item = _parse_loosely(text[at:end]) if end and loose <= MOST_LOOSE else None
+        found += [item] if item else []
+        at = at + 1 if item is None else end
+    return found
+
+
+class _Loader(yaml.BaseLoader):
+    """Loader that reads scalars as texts, and refuses aliases, which could make a small text large."""
+
+    anchors = property(lambda self: {}, lambda self, value: None)
+
+
+def _parse_loosely(text: str) -> tuple | None:
+    """Parse an object that is not JSON. Its values are texts."""
+    text = re.sub(r"\s*//", " #", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL).replace("\t", " "))
+    for variant in (text, text.translate(_STRAIGHT)):
+        with suppress(yaml.YAMLError, ValueError):
+            return _pairs(yaml.compose(_APOSTROPHE.sub("''", variant), _Loader))
+    return None
+
+
+def _pairs(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return tuple((key.value, _pairs(value)) for key, value in node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return list(map(_pairs, node.value))
+    if not node.value and node.style is None:
+        raise ValueError("a name without a value")
+    return node.value
+
+
+def _answer_of(item: Any, place: int) -> int | None:
+    """Return the answer that one of two items of a list is about: the one at its place, unless it names another."""
+    pairs = [pair for pair in item if not isinstance(pair[1], tuple | list)] if isinstance(item, tuple) else ()
+    names = [(match, value) for key, value in pairs if (match := _IDENTIFIES.fullmatch(_plain(key)))]
+    found = {_ANSWER_NAME.fullmatch(_plain(value)) for match, value in names if not match[1]} - {None}
+    answers = {WHICH[match[1]] for match in found}
+    return place if not names else answers.pop() if len(answers) == 1 else None
+
+
+def _verdict(value: Any) -> int | str:
+    name = _plain(value) if isinstance(value, str | int) else ""
+    if match := _IS_BETTER.fullmatch(name):
+        return WHICH[match[1]]
+    return "tie" if _IS_TIE.fullmatch(name) else name
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[\W_]", "", str(name).lower())
+
+
+def _score(value: Any) -> float | None:
+    """Return a score, or `None` unless it is a number from 0 to 10: the prompts ask for 1 to 10, yet GPT-4 gives 0."""
+    if isinstance(value, str):
+        match = _REASONED.fullmatch(value)
+        value = match and float(match[1])
+    return float(value) if type(value) in (int, float) and 0 <= value <= 10 else None
+
+
+# Free text
 
 
 # Two numbers and nothing else, with or without an announcement ("Final scores: (8, 7)").

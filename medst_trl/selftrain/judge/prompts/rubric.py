@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.objects import plain_text, read_statements
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
+from medst_trl.selftrain.judge.replies import plain_text, read_statements
 
 
 CRITERIA = ("accuracy", "relevance", "completeness", "safety")
