@@ -23,7 +23,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.cli import main
 from medst_trl.cli import run_launched as run_recipe
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Batch
 from medst_trl.pipeline.plan.plan import print_plan
 from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import stage_arguments

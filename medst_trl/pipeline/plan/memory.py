@@ -36,8 +36,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import Hardware
+from medst_trl.pipeline.launch import Batch, Hardware
 from medst_trl.policy.families import model_parts
 
 from .policies import Policy, is_of_adapter
@@ -84,7 +83,7 @@ def training_memory(
     Args:
         policy ([`~medst_trl.pipeline.plan.policies.Policy`]): What trains.
         arguments (`tuple`): The stage's dataclasses.
-        batch ([`~medst_trl.pipeline.batch.Batch`]): Examples of a step.
+        batch ([`~medst_trl.pipeline.launch.Batch`]): Examples of a step.
         hardware ([`~medst_trl.pipeline.launch.Hardware`]): How they are divided.
         length (`int`): Tokens of an example.
     """

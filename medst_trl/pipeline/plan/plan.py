@@ -16,8 +16,7 @@ from medst_trl.base.settings import settings_among
 from medst_trl.engines.calls import CallSettings
 from medst_trl.engines.engine import ENGINES
 from medst_trl.hub import HubArguments, check_push
-from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import Hardware
+from medst_trl.pipeline.launch import Batch, Hardware
 from medst_trl.pipeline.options import Options
 from medst_trl.pipeline.recipe import Step, read_recipe
 from medst_trl.pipeline.record import changes_of

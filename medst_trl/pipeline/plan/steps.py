@@ -23,8 +23,7 @@ from medst_trl.data.conform import check_missing
 from medst_trl.data.loading import columns_and_rows, mix
 from medst_trl.engines.engine import loads_model
 from medst_trl.hub import HubArguments, check_push
-from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import Hardware, default_config, gpu_count, has_deepspeed, read_config
+from medst_trl.pipeline.launch import Batch, Hardware, default_config, gpu_count, has_deepspeed, read_config
 from medst_trl.pipeline.options import parse
 from medst_trl.pipeline.recipe import Step
 from medst_trl.pipeline.stage import ANY, FILE, MODEL, RUN, Count, Input, Output

@@ -22,8 +22,7 @@ from medst_trl.base.settings import check_bounds, check_choice, documented, make
 from medst_trl.data.identify import image_ids_of
 from medst_trl.data.loading import load_records, mix
 from medst_trl.data.schema import KINDS, features_of
-from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import gpu_count
+from medst_trl.pipeline.launch import Batch, gpu_count
 from medst_trl.pipeline.lineage import trained_on, write_training_images
 from medst_trl.pipeline.record import StageRecord, is_complete
 from medst_trl.pipeline.stage import MODEL, STAGES, Input, Output, Stage

@@ -14,8 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from medst_trl.demo.tiny_model import tiny_llava
-from medst_trl.pipeline.batch import Batch
-from medst_trl.pipeline.launch import Hardware
+from medst_trl.pipeline.launch import Batch, Hardware
 from medst_trl.pipeline.plan.memory import (
     BUCKET,
     Precision,

@@ -11,7 +11,7 @@ import tiny_run
 from datasets import Dataset
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Batch
 from medst_trl.pipeline.options import read_options
 from medst_trl.pipeline.plan.steps import RecipeCounts, missing_packages, schedule, stage_arguments, training_examples
 from medst_trl.pipeline.recipe import Step, read_recipe

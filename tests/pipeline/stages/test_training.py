@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from tiny_run import write_instruct
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.batch import Batch
+from medst_trl.pipeline.launch import Batch
 from medst_trl.pipeline.stages import _training as training
 from medst_trl.pipeline.stages._training import (
     TrainingStageArguments,
