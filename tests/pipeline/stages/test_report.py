@@ -7,7 +7,8 @@ import made_run
 import pytest
 
 from medst_trl.base.errors import UserError
-from medst_trl.pipeline.stages.report import STAGE, ReportArguments, main
+from medst_trl.pipeline.stages.report import STAGE, main
+from medst_trl.report import ReportArguments
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_notes_about_damaged_files_are_printed(run, capsys):
     assert "report: evaluate/stage_1/scores.json is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"gallery": -1}, {"image_size": 3}, {"bootstrap_samples": -1}])
+@pytest.mark.parametrize("change", [{"gallery": -1}, {"bootstrap_samples": -1}])
 def test_settings_below_their_minimum_are_refused(run, change):
     with pytest.raises(UserError, match=next(iter(change))):
         main(ReportArguments(run=str(run), **change))
