@@ -187,8 +187,8 @@ class PrecomputesReference:
         def read_known() -> dict[str, dict[str, Any]]:
             files = sorted(directory.glob(f"{reference}-*"))  # also of other sets of pairs, and of interrupted runs
             known = {row["id"]: row for file in files for row in read_jsonl(file)}
-            if path in files and not known.keys() >= set(unique):
-                path.unlink()  # damaged
+            if path in files and not {row["id"] for row in read_jsonl(path)} >= set(unique):
+                path.unlink()  # damaged; what other files know of it is not lost
             return known
 
         known = on_main_process(read_known)

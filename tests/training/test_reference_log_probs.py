@@ -441,6 +441,16 @@ def test_a_damaged_file_is_completed(cached_run, tmp_path, computed, damage):
     assert [row["id"] for row in read_jsonl(path)] == [json.loads(line)["id"] for line in content.splitlines()]
 
 
+def test_a_damaged_file_is_completed_from_those_of_other_pairs(cached_run, tmp_path, computed):
+    shutil.copytree(cached_run, tmp_path, dirs_exist_ok=True)
+    (path,) = cache_files(tmp_path)
+    content = path.read_bytes()
+    cached_trainer(tmp_path, rows=[pair(number) for number in range(13)])
+    path.write_bytes(content[: len(content) // 2])
+    cached_trainer(tmp_path, max_steps=1).train()
+    assert sum(computed) == 1 and path.read_bytes() == content
+
+
 def test_non_finite_log_probs_stop_the_run(tmp_path, monkeypatch):
     def return_nan(self, model, inputs):
         rows = len(inputs["input_ids"]) // 2

@@ -123,7 +123,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
     trainer = SentencePieceExtractor(str(directory / "tokenizer.model")).proto.trainer_spec
     if trainer.model_type != trainer.BPE:  # transformers would invent merges
-        raise ValueError("tokenizer.model is not a byte-pair model like Llama's. Add a tokenizer.json.")
+        raise ValueError("tokenizer.model is not a byte-pair model like Llama's: add a tokenizer.json")
     config = read_json(directory / "tokenizer_config.json")
     # What the slow tokenizer did without these keys. "Legacy": a space after every special token.
     settings = {"legacy": config.get("legacy", True), "add_bos_token": config.get("add_bos_token", True)}
@@ -132,9 +132,11 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerFast:
         key: value["content"] for key, value in config.items() if isinstance(value, dict) and "content" in value
     }
     llama = LlamaTokenizer.from_pretrained(directory, local_files_only=True, add_eos_token=False, **settings)
-    for token, index in read_json(directory / "added_tokens.json").items():
+    decoder = config.get("added_tokens_decoder") or {}
+    added = read_json(directory / "added_tokens.json") | {item["content"]: int(key) for key, item in decoder.items()}
+    for token, index in added.items():
         if llama.convert_tokens_to_ids(token) != index:  # transformers takes the next free id
-            raise ValueError(f"the id {index} of the added token {token!r} leaves a gap. Copy the files again.")
+            raise ValueError(f"the id {index} of the added token {token!r} leaves a gap: copy the files again")
     # With the general class the file tokenizer.json alone decides how text is split.
     return PreTrainedTokenizerFast(
         tokenizer_object=llama.backend_tokenizer,

@@ -58,9 +58,12 @@ def test_added_tokens_keep_their_ids(tmp_path):
     tokenizer = read_tokenizer(tmp_path)
     expected = {"<im_patch>": size, "<im_start>": size + 1, "<image>": size + 2, "<pad>": size + 3}
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in expected} == expected
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_patch>": size + 1}))
-    with pytest.raises(UserError, match="leaves a gap"):
-        read_tokenizer(tmp_path)
+    gap = {"added_tokens_decoder": {str(size + 1): {"content": "<im_patch>", "special": True}}}
+    for name, content in (("added_tokens.json", {"<im_patch>": size + 1}), ("tokenizer_config.json", gap)):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"id {size + 1} of the added token '<im_patch>' leaves a gap"):
+            read_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("content", [b"", b"not one", original.sentencepiece(original.PIECES)[:-700], b"\x0a\xff"])
