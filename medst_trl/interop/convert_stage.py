@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 
 def main(args: ConvertArguments) -> None:
+    from medst_trl.interop.conversion.convert import convert_checkpoint
     from medst_trl.pipeline.record import StageRecord
-
-    from .conversion.convert import convert_checkpoint
 
     record = StageRecord.of(STAGE, args)
     if record.decision == "skip":

@@ -15,9 +15,8 @@ from medst_trl.data.source import BadRecord
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of, length_counter
-from .images import DecodesImages, UnreadableImage, check_image, with_decoded_images
+from .examples import DecodesImages, UnreadableImage, UsableExamples, check_image, usable_examples, with_decoded_images
 from .packing import pack
-from .rejected import UsableExamples, usable_examples
 
 
 @dataclass

@@ -17,7 +17,7 @@ from medst_trl.data.identify import with_image_ids
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 
-from .images import check_has_images
+from .examples import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
 from .prefix_sharing import PrefixSharing, cannot_share

@@ -23,7 +23,7 @@ from medst_trl.data.schema import text_of
 from medst_trl.policy.families import tested_families
 from medst_trl.policy.vusr import RenderedConversation, Span, adds_special_tokens, render_conversation, typed_parts
 
-from .images import images_of
+from .examples import images_of
 
 
 IGNORED = -100  # label of a token that is no target

@@ -22,9 +22,8 @@ from medst_trl.data.source import BadRecord
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
-from .images import DecodesImages, with_decoded_images, with_images
+from .examples import DecodesImages, UsableExamples, usable_examples, with_decoded_images, with_images
 from .prefix_sharing import with_images_twice
-from .rejected import UsableExamples, usable_examples
 
 
 @dataclass

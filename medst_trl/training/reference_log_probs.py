@@ -37,7 +37,7 @@ from medst_trl.policy.adapters import retie_lm_head
 from medst_trl.policy.families import base_of
 from medst_trl.policy.vusr import tokenizer_of
 
-from .images import DecodesImages, with_decoded_images
+from .examples import DecodesImages, with_decoded_images
 
 
 FORMAT = 2  # to be raised when the numbers of earlier files must no longer be used

@@ -16,7 +16,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.policy.families import base_of
 
 from .collator import DataCollatorForSelfQuestioning, usable_conversations
-from .images import check_has_images
+from .examples import check_has_images
 from .packing import packing_cost, rope_positions
 from .settings import SelfQuestioningSettings
 from .trainer import PolicyTrainer, datasets_by_name

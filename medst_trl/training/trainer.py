@@ -26,8 +26,7 @@ from medst_trl.policy.families import base_of, model_parts, trained_parameters
 from medst_trl.policy.image_tokens import fit_processor
 from medst_trl.policy.loading import load_policy, prepare_policy
 
-from .images import DecodesImages
-from .rejected import UsableExamples
+from .examples import DecodesImages, UsableExamples
 from .resume import StopSignals
 from .settings import check_sharding, sharding_kind
 from .upstream import UpstreamFixes, encode_blank_images, name_fsdp_layers

@@ -9,7 +9,7 @@ the one place where they act:
 - `dpo.py`: TRL refuses `precompute_ref_log_probs` for images (https://github.com/huggingface/trl/pull/5867)
 - `trainer.py`: what a trainer must not do under ZeRO-3 (https://github.com/huggingface/trl/issues/6089)
 - `trainer.py`: a sampler that knows its epoch (https://github.com/modelscope/ms-swift/pull/9658)
-- `images.py`: `datasets` decodes the first image of a list twice
+- `examples.py`: `datasets` decodes the first image of a list twice
 - `encoding.py`: Idefics3 makes tensors of replacement offsets
 - `policy/adapters.py`: PEFT's wrapper of a tied output layer, and tensors that PEFT leaves out silently
 - `policy/loading.py`: transformers 5 forgets the commit of a model
