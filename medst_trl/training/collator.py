@@ -15,7 +15,15 @@ from medst_trl.data.source import BadRecord
 from medst_trl.policy.vusr import Span, add_vusr, can_be_asked, tokenizer_of
 
 from .encoding import IGNORED, TOKEN_INPUTS, ImageConversation, as_conversation, encode, id_of, length_counter
-from .examples import DecodesImages, UnreadableImage, UsableExamples, check_image, usable_examples, with_decoded_images
+from .examples import (
+    DecodesImages,
+    UnreadableImage,
+    UsableExamples,
+    check_image,
+    malformed_is_rejected,
+    usable_examples,
+    with_decoded_images,
+)
 from .packing import pack
 
 
@@ -193,7 +201,8 @@ def usable_conversations(
     max_length, length_of = collator.max_length, length_counter(collator.processor)
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        conversation = longest._conversation(example)
+        with malformed_is_rejected():
+            conversation = longest._conversation(example)
         if not _targets(conversation):
             raise BadRecord("nothing_to_train")
         length, estimate = length_of(example)

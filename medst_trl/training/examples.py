@@ -5,7 +5,8 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -125,6 +126,15 @@ def _size_of_whole_file(image: dict[str, Any]) -> tuple[int, int] | None:
         return None
 
 
+@contextmanager
+def malformed_is_rejected() -> Iterator[None]:
+    """Reject the record that is read inside the block if that fails. Errors elsewhere are not about the record."""
+    try:
+        yield
+    except (UserError, KeyError, TypeError) as error:
+        raise BadRecord("malformed", str(error)) from error
+
+
 @dataclass(frozen=True)
 class UsableExamples:
     """
@@ -162,7 +172,7 @@ def usable_examples(
             Examples, see the collators.
         check (`Callable`):
             Returns the number of tokens of an example, which has the sizes of its images in their place, and whether
-            it is truncated. Raises [`BadRecord`] if it cannot be trained on, or another error if it is malformed.
+            it is truncated. Raises [`BadRecord`] if it cannot be trained on, see [`malformed_is_rejected`].
         max_length (`int` or `None`):
             Longest sequence in tokens, image tokens included.
         name (`str`, *optional*, defaults to `"train"`):
@@ -177,8 +187,8 @@ def usable_examples(
         try:
             sizes = [check_image(image) for image in images_of(example)]
             length, is_truncated = check(with_images(example, sizes))
-        except (BadRecord, UserError, KeyError, TypeError) as error:
-            reasons[place] = str(example.get("id") or place), getattr(error, "reason", "malformed")
+        except (BadRecord, UnreadableImage) as error:
+            reasons[place] = str(example.get("id") or place), error.reason
             problem = problem or getattr(error, "value", str(error))  # names a missing file
             continue
         except ValueError as error:  # a training stage takes it for one about its settings

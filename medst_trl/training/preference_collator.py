@@ -22,7 +22,14 @@ from medst_trl.data.source import BadRecord
 from medst_trl.policy.vusr import RenderedConversation, Span, add_vusr, render_conversation, tokenizer_of
 
 from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, tokens_without_images
-from .examples import DecodesImages, UsableExamples, usable_examples, with_decoded_images, with_images
+from .examples import (
+    DecodesImages,
+    UsableExamples,
+    malformed_is_rejected,
+    usable_examples,
+    with_decoded_images,
+    with_images,
+)
 from .prefix_sharing import with_images_twice
 
 
@@ -164,7 +171,8 @@ def usable_pairs(
     image_tokens = {}
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
+        with malformed_is_rejected():
+            pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
         if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
             raise BadRecord("chosen_equals_rejected")
         rendered = [render_conversation(processor, conversation.messages) for conversation in pair]
