@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import Gemma3Config, LlavaConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
-from medst_trl.pipeline.plan.policies import policy_of
+from medst_trl.pipeline.plan.memory import policy_of
 from medst_trl.pipeline.recipe import Step
 from medst_trl.policy.families import trained_parameters
 

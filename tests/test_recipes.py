@@ -24,8 +24,8 @@ from medst_trl.cli import main
 from medst_trl.cli import run_launched as run_recipe
 from medst_trl.demo.tiny_model import tiny_llava
 from medst_trl.pipeline.launch import Batch
+from medst_trl.pipeline.plan.memory import meta_model
 from medst_trl.pipeline.plan.plan import print_plan
-from medst_trl.pipeline.plan.policies import meta_model
 from medst_trl.pipeline.plan.steps import stage_arguments
 from medst_trl.pipeline.recipe import read_recipe
 from medst_trl.pipeline.recipe_files import packaged_recipes, summary

@@ -24,8 +24,7 @@ from medst_trl.pipeline.stage import FILE, RUN
 from medst_trl.policy.families import trained_parameters
 from medst_trl.training.settings import check_sharding
 
-from .memory import DEFAULT_LENGTH, GIB, training_memory
-from .policies import NotKnownYet, Policy, policy_of
+from .memory import DEFAULT_LENGTH, GIB, NotKnownYet, Policy, policy_of, training_memory
 from .steps import RecipeCounts, check_inputs, hardware_of, maker_of, schedule, stage_arguments, training_examples
 
 

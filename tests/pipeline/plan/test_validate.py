@@ -245,7 +245,7 @@ def test_validation_needs_neither_the_hub_nor_weights(check, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub_answers = Mock(side_effect=AssertionError("the Hub was contacted"))
     monkeypatch.setattr("medst_trl.pipeline.plan.plan.hub_answers", hub_answers)
-    monkeypatch.setattr("medst_trl.pipeline.plan.policies.hub_answers", hub_answers)
+    monkeypatch.setattr("medst_trl.pipeline.plan.memory.hub_answers", hub_answers)
     with warnings.catch_warnings(action="error"):
         code, out = check()
     assert code == 0 and "mine.yaml is valid." in out
