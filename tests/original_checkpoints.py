@@ -203,8 +203,8 @@ def sentencepiece(pieces: list[str], model_type: int = 2) -> bytes:
 
 def convert(*settings, **further_settings) -> dict:
     """Convert a checkpoint with the settings of [`ConvertArguments`]."""
-    from medst_trl.interop.conversion import ConvertArguments
     from medst_trl.interop.conversion.convert import convert_checkpoint
+    from medst_trl.interop.convert_stage import ConvertArguments
 
     return convert_checkpoint(ConvertArguments(*settings, **further_settings))
 

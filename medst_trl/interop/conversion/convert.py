@@ -24,7 +24,6 @@ from medst_trl.policy.merging import check_shard_size, staged_model
 from medst_trl.policy.prototype_llava import PrototypeLlavaConfig
 from medst_trl.policy.vusr import VUSR_ROLES
 
-from . import ConvertArguments
 from .processor import SPECIAL_IDS, build_processor, image_settings, read_tokenizer
 from .weights import EMBEDDING, HEAD, NORM, PROJECTOR_FILES, VISION, Parts, open_weights, published_name, read_json
 
@@ -39,7 +38,7 @@ _PROJECTOR_OF = {"llava": "mlp2x_gelu", "prototype_llava": "cluster"}
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
-def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
+def convert_checkpoint(args: Any) -> dict[str, Any]:
     """
     Convert a checkpoint of the original LLaVA code, or of one built on it, to a model that transformers loads.
 
@@ -47,7 +46,7 @@ def convert_checkpoint(args: ConvertArguments) -> dict[str, Any]:
     unless every tensor is accounted for, and no file of another model stays. It takes memory for the model.
 
     Args:
-        args ([`ConvertArguments`]):
+        args ([`~medst_trl.interop.convert_stage.ConvertArguments`]):
             Where the pieces are, and what to write. `overwrite` is for the stage.
 
     Returns:
@@ -114,7 +113,7 @@ def _weight(name: str, parts: Parts, config: LlavaConfig) -> torch.Tensor:
 # --- The pieces of a checkpoint --------------------------------------------------------------------------------------
 
 
-def open_checkpoint(args: ConvertArguments) -> tuple[LlavaConfig, Parts, LlavaProcessor, str]:
+def open_checkpoint(args: Any) -> tuple[LlavaConfig, Parts, LlavaProcessor, str]:
     """
     Open everything that makes up a model.
 
