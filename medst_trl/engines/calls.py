@@ -1,22 +1,235 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls to a chat server: their settings, one call and its outcome."""
+"""Calls to a chat server: their settings and outcomes, what they cost, and the cache of replies."""
 
+import json
+import math
 import os
-import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
+from medst_trl.data.schema import text_of
 
-from .cost import Budget, Prices, RequestSize, prices_of
 from .responses import CallError
 
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
+CACHE_FILE = "judge_cache.jsonl"
+BYTES_PER_TOKEN = 4.0  # English in UTF-8, for estimates
+MESSAGE_TOKENS = 40  # roles, separators, name of the schema
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices in US dollars per million tokens; None if unknown."""
+
+    input: float | None = None
+    output: float | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.input is not None and self.output is not None
+
+    def cost(self, input_tokens: float, output_tokens: float) -> float:
+        """Return dollars; 0 if a price is unknown."""
+        return ((self.input or 0) * input_tokens + (self.output or 0) * output_tokens) / 1e6
+
+    def cost_of(self, row: Mapping[str, Any]) -> float:
+        """Return what a cached call cost in dollars, by its `usage` or, if the server reported none, its `at_most`."""
+        tokens = row.get("usage") or row.get("at_most") or {}
+        return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
+
+
+# List prices of November 2026, and the tokens of an image: base, and per tile of 512 x 512 pixels.
+_KNOWN: dict[str, tuple[float, float, int, int]] = {
+    "gpt-4o-mini": (0.15, 0.60, 2833, 5667),
+    "gpt-4o": (2.50, 10.00, 85, 170),
+    "gpt-4.1-nano": (0.10, 0.40, 85, 170),
+    "gpt-4.1-mini": (0.40, 1.60, 85, 170),
+    "gpt-4.1": (2.00, 8.00, 85, 170),
+}
+
+
+def prices_of(model: str, input: float | None = None, output: float | None = None) -> Prices:
+    """Return the given prices, else the known prices of a model (also of a dated one, `gpt-4o-2024-08-06`)."""
+    known = _known(model) or (None, None)
+    return Prices(known[0] if input is None else input, known[1] if output is None else output)
+
+
+def _known(model: str) -> tuple[float, float, int, int] | None:
+    return _KNOWN.get(re.sub(r"(-\d+)+$", "", model))  # without a date
+
+
+def image_tokens(model: str, width: int, height: int) -> int:
+    """Return the tokens of one image: OpenAI's tiles, or 28 x 28 pixels per token for other models."""
+    known = _known(model)
+    if known is None:
+        return math.ceil(width / 28) * math.ceil(height / 28) + 2
+    scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
+    tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+    return known[2] + known[3] * tiles
+
+
+@dataclass(frozen=True)
+class RequestSize:
+    """
+    Number of tokens of a request before it is sent.
+
+    Attributes:
+        likely (`int`): An estimate.
+        at_most (`int`): An upper bound, for the budget.
+    """
+
+    likely: int
+    at_most: int
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, Any]], images: int) -> "RequestSize":
+        """
+        Return the size of messages with this number of image tokens.
+
+        `at_most` counts one token per byte of text; no tokenizer makes more.
+        """
+        size = sum(len(text_of(message["content"]).encode("utf-8", "replace")) for message in messages)
+        likely = math.ceil(size / BYTES_PER_TOKEN) + images + MESSAGE_TOKENS
+        return cls(likely, size + math.ceil(images * 1.1) + 4 * MESSAGE_TOKENS)
+
+
+@dataclass(eq=False)
+class Budget:
+    """
+    Spending limit that includes calls in flight.
+
+    A call reserves the most it can cost before it is sent and settles its real cost afterwards. A call whose outcome
+    is unknown (a timeout) settles all of it, since the server may have charged it.
+
+    Args:
+        prices (`Prices`, *optional*):
+            Prices of the model.
+        max_cost (`float`, *optional*):
+            Limit in US dollars. None for no limit.
+        spent (`float`, *optional*, defaults to `0.0`):
+            Dollars that earlier runs spent.
+
+    Attributes:
+        reserved (`float`):
+            Dollars for calls in flight.
+
+    Raises:
+        UserError: for a limit without prices.
+    """
+
+    prices: Prices = Prices()
+    max_cost: float | None = None
+    spent: float = 0.0
+    reserved: float = field(default=0.0, init=False)
+
+    def __post_init__(self):
+        if self.max_cost is not None and not self.prices.known:
+            raise UserError(
+                "max_cost needs prices, which are unknown for this model. Set price_per_million_input_tokens and "
+                "price_per_million_output_tokens (0 for your own server)."
+            )
+
+    def reserve(self, amount: float) -> bool:
+        """Reserve an amount, and return whether there was enough."""
+        if self.max_cost is not None and self.spent + self.reserved + amount > self.max_cost + 1e-12:
+            return False
+        self.reserved += amount
+        return True
+
+    def used_up_message(self, amount: float) -> str:
+        """Return the error message for an amount that exceeds the budget."""
+        return (
+            f"The budget is used up: ${self.spent:.4f} of max_cost {self.max_cost:g} are spent, and "
+            f"the next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same command "
+            "again to resume."
+        )
+
+    def settle(self, reserved: float, cost: float) -> None:
+        """Release a reservation and spend the real cost."""
+        self.reserved = max(0.0, self.reserved - reserved)
+        self.spent += cost
+
+
+class ReplyCache:
+    """
+    Replies by the key of their request, in an append-only file, so that no reply is paid for twice.
+
+    A line is `{"key", "reply", "finish_reason", "usage"}`. `{"key", "lost", "usage"}` is a call that may have been
+    charged and left no reply: a timeout, or a reply that was filtered. If the server reported no usage, `at_most`
+    holds an upper bound of the tokens; dollars are not kept, since prices can be corrected. `{"key", "failed",
+    "status", "detail", "without"}` is a result of the Batch API without a reply; its request was sent without these
+    fields. Refusals of other requests are not kept: the next run asks again. An incomplete line of a killed run is
+    skipped. Neither requests nor API keys are in the file.
+
+    Args:
+        directory (`str` or `os.PathLike`, *optional*):
+            Directory of `judge_cache.jsonl`. Stages may share one. None keeps replies in memory.
+
+    Attributes:
+        failures (`dict[str, list]`):
+            Results of the Batch API without a reply, by the key of the request: the [`CallError`], and the fields that
+            the request was sent without.
+    """
+
+    def __init__(self, directory: str | os.PathLike | None = None):
+        self.path = Path(directory, CACHE_FILE) if directory is not None else None
+        self._replies: dict[str, list[dict[str, Any]]] = {}
+        self._lost: dict[str, list[dict[str, Any]]] = {}
+        self.failures: dict[str, list[tuple[CallError, list[str]]]] = {}
+        if self.path is not None and self.path.exists():
+            with open(self.path, "rb") as file:
+                for line in file:
+                    with suppress(ValueError, TypeError, KeyError):  # an incomplete line, or one of something else
+                        self._keep(json.loads(line))
+
+    def attempts(self, key: str | None) -> list[dict[str, Any]]:
+        """Return the replies to a request, oldest first; perhaps none of them can be read."""
+        return list(self._replies.get(key, ()))
+
+    def is_open(self, key: str, read: Callable[[str], Any]) -> bool:
+        """Return whether no reply to a request can be read."""
+        return all(read(row["reply"]) is None for row in self.attempts(key))
+
+    def charges(self, key: str | None) -> list[dict[str, Any]]:
+        """Return all calls for a request that may have been charged: its replies, and the calls without one."""
+        return self.attempts(key) + self._lost.get(key, [])
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """
+        Keep a reply, or what a call without a reply may have cost, in memory and on disk.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        self._keep(row)
+        if self.path is None:
+            return
+        data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # an incomplete line of a killed run: end it
+                    data = b"\n" + data
+            # One write per line: another process that shares the file cannot interleave.
+            while data:
+                data = data[file.write(data) :]
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        if "lost" in row:
+            self._lost.setdefault(row["key"], []).append(row)
+        elif "failed" in row:
+            failure = CallError(row["failed"], row["detail"], row["status"]), row.get("without", [])
+            self.failures.setdefault(row["key"], []).append(failure)
+        elif "reply" in row:
+            self._replies.setdefault(row["key"], []).append(row)
 
 
 @documented
@@ -121,10 +334,6 @@ class Outcome:
     error: CallError | None = None
 
 
-class Stopped(Exception):
-    """The run is being stopped; no further call is made."""
-
-
 def api_key(variable: str, base_url: str | None) -> str:
     """
     Return the API key from the environment. Your own server needs none.
@@ -143,9 +352,3 @@ def api_key(variable: str, base_url: str | None) -> str:
     if not value.isascii() or not value.isprintable():
         raise UserError(f"The API key in the environment variable {variable} has invalid characters. Copy it again.")
     return value or "none"
-
-
-def wait_before(attempt: int, retry_after: float | None) -> float:
-    """Return the seconds before a retry: doubling from half a second, and at least what the server asks for."""
-    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
-    return max(wait, (retry_after or 0.0) * random.uniform(1, 1.02))

@@ -8,6 +8,7 @@ caches every reply that has a key, and stops the run with one clear message when
 """
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -20,15 +21,19 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from medst_trl.base.errors import UserError
 
-from .calls import Call, CallSettings, Outcome, Stopped, api_key, wait_before
-from .cost import Budget, ReplyCache, RequestSize
+from .calls import Budget, Call, CallSettings, Outcome, ReplyCache, RequestSize, api_key
 from .responses import NEXT_STEPS, AcceptedFields, CallError, clean_message, error_of, row_of_body, row_of_content
 
 
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
 RE_ASKS = 2  # further attempts at a request whose reply cannot be read
 GIVE_UP_AFTER = 8  # consecutive calls that fail for one reason before the run stops
 LONGEST_RETRY_AFTER = 300.0  # seconds; a longer wait is reported instead
 MONEY_WAIT = 0.05  # seconds between two attempts to reserve money
+
+
+class Stopped(Exception):
+    """The run is being stopped; no further call is made."""
 
 
 @dataclass(eq=False, repr=False)
@@ -366,3 +371,9 @@ class Client:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         if self._is_stopping():
             raise Stopped
+
+
+def wait_before(attempt: int, retry_after: float | None) -> float:
+    """Return the seconds before a retry: doubling from half a second, and at least what the server asks for."""
+    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
+    return max(wait, (retry_after or 0.0) * random.uniform(1, 1.02))

@@ -14,9 +14,8 @@ import pytest
 
 from medst_trl.base.errors import UserError
 from medst_trl.engines import client as judge_client
-from medst_trl.engines.calls import Call, CallSettings, Stopped, api_key
-from medst_trl.engines.client import Client
-from medst_trl.engines.cost import Budget, Prices, ReplyCache, RequestSize
+from medst_trl.engines.calls import Budget, Call, CallSettings, Prices, ReplyCache, RequestSize, api_key
+from medst_trl.engines.client import Client, Stopped, wait_before
 from medst_trl.engines.responses import CallError, error_of_status, retry_after_of, row_of_body
 from medst_trl.selftrain.judge.prompts.paper import read_paper
 
@@ -41,7 +40,7 @@ def request(key="k", **body):
 @pytest.fixture(autouse=True)
 def key_and_short_waits(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("medst_trl.engines.calls.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
 
 
 def ask(responses, requests=None, cache=None, budget=None, **settings):
@@ -484,3 +483,11 @@ def test_an_error_of_the_caller_is_raised_as_it_is():
     with pytest.raises(UnicodeEncodeError):
         ask([completion()], [request(messages=[{"role": "user", "content": "\ud800"}])], cache, budget)
     assert budget.spent == budget.reserved == 0 and cache.charges("k") == []
+
+
+def test_waits_grow_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.5)
+    waits = [max(wait_before(attempt, None) for _ in range(50)) for attempt in range(12)]
+    assert waits[0] <= 0.5 < waits[3] and max(waits) <= 30
+    assert 7 <= wait_before(0, 7.0) < 7.2
+    assert wait_before(6, 0.1) > 10  # a server that goes on refusing calls is asked less often

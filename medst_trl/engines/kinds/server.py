@@ -15,9 +15,8 @@ from medst_trl.base.processes import world_size
 from medst_trl.base.settings import check_choice, check_url, documented
 from medst_trl.data.cells import printable
 from medst_trl.data.schema import message, text_part
-from medst_trl.engines.calls import CALL_SETTINGS, Call, CallSettings, Outcome, Stopped
-from medst_trl.engines.client import Client
-from medst_trl.engines.cost import Budget, RequestSize, image_tokens
+from medst_trl.engines.calls import CALL_SETTINGS, Budget, Call, CallSettings, Outcome, RequestSize, image_tokens
+from medst_trl.engines.client import Client, Stopped
 from medst_trl.engines.engine import ENGINES, Engine, EngineKind, Prompt, Reply, Request, Sampling, sent_parts
 from medst_trl.policy.vusr import ZERO_WIDTH_NON_JOINER
 

@@ -14,7 +14,7 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.reading import read_text_file
-from medst_trl.engines.cost import ReplyCache
+from medst_trl.engines.calls import ReplyCache
 from medst_trl.engines.responses import CallError, error_of_status, row_of_body
 
 from .pairwise import PairwiseJudge

@@ -14,9 +14,8 @@ from typing import Any
 from medst_trl.base.errors import UserError, number_of
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.schema import text_of
-from medst_trl.engines.calls import Call, Outcome, api_key
+from medst_trl.engines.calls import Budget, Call, Outcome, ReplyCache, RequestSize, api_key, image_tokens
 from medst_trl.engines.client import Client
-from medst_trl.engines.cost import Budget, ReplyCache, RequestSize, image_tokens
 from medst_trl.engines.images import RequestImage
 from medst_trl.engines.responses import AcceptedFields, CallError
 

@@ -23,7 +23,7 @@ from medst_trl.data.loading import load_records
 from medst_trl.data.schema import benchmark_features, features_of, image_part, message, text_part
 from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import make_phantoms
-from medst_trl.engines.cost import CACHE_FILE
+from medst_trl.engines.calls import CACHE_FILE
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
 from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS

@@ -12,7 +12,7 @@ from random_images import random_image
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import features_of
-from medst_trl.engines.cost import CACHE_FILE
+from medst_trl.engines.calls import CACHE_FILE
 from medst_trl.selftrain.judge import batch_api
 from medst_trl.selftrain.judge.batch_api import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -29,7 +29,7 @@ KEYS = {
 def no_key_and_short_waits(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("medst_trl.engines.calls.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("medst_trl.engines.client.FIRST_WAIT", 0.001)
 
 
 def png(seed):
