@@ -143,7 +143,8 @@ def parse(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: s
     """
     parser.set_defaults_with_config(**settings)
     try:
-        return parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+        with located(where):
+            return parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     # A dataclass's own checks: TrainingArguments opens files, and looks for packages and devices.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"{where}: {error}") from error
