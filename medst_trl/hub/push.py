@@ -15,6 +15,7 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HFValidationError
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.fingerprints import REFERENCE_FOLDER
 from medst_trl.base.processes import rank
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.pipeline.lineage import TRAINING_IMAGES_FILE
@@ -25,7 +26,10 @@ from .contents import Contents, fill_upload, find_contents, public_base
 
 
 # Files of an earlier push that a later one may not have: a dataset of fewer shards, a model in fewer files.
-REPLACED = {"dataset": ["*.parquet"], "model": ["*.safetensors", "*.safetensors.index.json", TRAINING_IMAGES_FILE]}
+REPLACED = {
+    "dataset": ["*.parquet", f"{REFERENCE_FOLDER}/*.jsonl"],
+    "model": ["*.safetensors", "*.safetensors.index.json", TRAINING_IMAGES_FILE],
+}
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,9 @@ def pull(hub: FakeHub, home: Path, name: str, split: str, **kwargs) -> list[dict
 def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
     directory = judge_directory(tmp_path / "run" / "judge")
     shards = {path.name: path.read_bytes() for path in (directory / "preferences").iterdir()}
+    shards["reference_log_probs/a.jsonl"] = b"{}\n"
+    (directory / "preferences/reference_log_probs").mkdir()
+    (directory / "preferences/reference_log_probs/a.jsonl").write_bytes(b"{}\n")
     result = push(hub, tmp_path / "home", directory, "org/data")  # the directory of the stage, not of the dataset
     shutil.rmtree(tmp_path / "run")
     files = hub.files("dataset", "org/data")
@@ -139,7 +142,8 @@ def test_a_dataset_is_unchanged_after_push_and_pull(hub, tmp_path):
     assert json.loads(known) == sorted(stored_image(number).image_id for number in range(7))
     assert json.loads(unknown) == [] and len(hub.calls) == calls
 
-    # A later push with fewer shards replaces the files. The first push is still available by its revision.
+    # A later push with fewer shards, and without log-probabilities, replaces the files. The first push is still
+    # available by its revision.
     write_split(tmp_path / "new", "train", [pair(9)], dict, preference_features(), 2)
     push(hub, tmp_path / "home", tmp_path / "new", "org/data")
     assert set(hub.files("dataset", "org/data")) == {"README.md", "train-00000-of-00001.parquet"}
