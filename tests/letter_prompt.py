@@ -5,11 +5,11 @@
 from contextlib import contextmanager
 
 from medst_trl.base.registry import PLUGINS_VARIABLE, load_plugins
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS
 
 
 PLUGIN = """
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, user_message
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, JudgePrompt, Reading, user_message
 
 
 def messages(question, answers, image_urls, history, captions):

@@ -63,7 +63,7 @@ from medst_trl import MultimodalDPOConfig
 from medst_trl.cli import main
 from medst_trl.data.schema import dialogue
 from medst_trl.engines.engine import ENGINES, Prompt, Sampling
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS
 from medst_trl.training.losses import LOSSES, Answers, PairLogProbs
 
 for command in (

@@ -264,7 +264,7 @@ def test_messages_of_the_troubleshooting_page_exist():
 LISTED_IN = {
     "medst_trl.data.source.SOURCES": "data.md",
     "medst_trl.data.schema.KINDS": "data.md",
-    "medst_trl.selftrain.judge.prompt.JUDGE_PROMPTS": "judging.md",
+    "medst_trl.selftrain.judge.judge.JUDGE_PROMPTS": "judging.md",
     "medst_trl.evaluation.metric.METRICS": "evaluation.md",
     "medst_trl.engines.engine.ENGINES": "models.md",
     "medst_trl.pipeline.stage.STAGES": "recipes.md",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
 from medst_trl.data.images import image_id
-from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
+from medst_trl.selftrain.judge.judge import LOCAL_JUDGES, LocalJudge
 
 from .phantoms import BRIGHTNESSES, MODALITIES, QUADRANTS, SIZES, Truth, answer, draw_phantoms, is_well_formed
 

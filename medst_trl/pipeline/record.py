@@ -29,7 +29,7 @@ from medst_trl.base.processes import on_main_process, process_state, world_size
 from medst_trl.base.redaction import hide_secrets
 from medst_trl.base.settings import settings_among
 from medst_trl.data.loading import fingerprint_dataset
-from medst_trl.selftrain.judge.settings import LocalJudge
+from medst_trl.selftrain.judge.judge import LocalJudge
 
 from .stage import STAGES, Stage
 

@@ -48,8 +48,7 @@ from medst_trl.hub import HubArguments
 from medst_trl.pipeline.lineage import read_inventory
 from medst_trl.pipeline.record import StageRecord, is_left_out
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, nothing_left, warnings_of
 from medst_trl.selftrain.preferences import Preferences, benchmark_reason, build_preferences, read_benchmarks
 

@@ -19,8 +19,7 @@ from medst_trl.engines.client import Client
 from medst_trl.engines.images import RequestImage
 from medst_trl.engines.responses import AcceptedFields, CallError
 
-from .prompt import JUDGE_PROMPTS, MAX_CHARS, Reading, winner
-from .settings import ORDERS, JudgeSettings
+from .judge import JUDGE_PROMPTS, MAX_CHARS, ORDERS, JudgeSettings, Reading, winner
 
 
 CALLS_PER_SLOT = 2  # calls in flight per concurrent call: images of the next ones are encoded meanwhile

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .prompt import winner
+from .judge import winner
 
 
 LONGEST = 20_000  # characters read from each end

@@ -25,9 +25,8 @@ from medst_trl.demo.oracle import OracleArguments
 from medst_trl.demo.phantoms import make_phantoms
 from medst_trl.engines.calls import CACHE_FILE
 from medst_trl.pipeline.stages.judge import STAGE, JudgeArguments, main
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, LOCAL_JUDGES, LocalJudge
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS
-from medst_trl.selftrain.judge.settings import LOCAL_JUDGES, LocalJudge
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import Any
 
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
 from medst_trl.selftrain.judge.replies import parse_scores
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, JudgePrompt, Reading, fit, user_message, winner
 from medst_trl.selftrain.judge.replies import plain_text, read_statements
 
 

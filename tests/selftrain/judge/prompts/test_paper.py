@@ -5,7 +5,7 @@ import re
 import pytest
 from hostile_texts import HOSTILE, MARKS, text_of
 
-from medst_trl.selftrain.judge.prompt import MAX_CHARS, fit
+from medst_trl.selftrain.judge.judge import MAX_CHARS, fit
 from medst_trl.selftrain.judge.prompts.paper import neutralise_marks, paper_messages, read_paper
 
 

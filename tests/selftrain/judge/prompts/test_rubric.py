@@ -8,7 +8,7 @@ from hostile_texts import HOSTILE, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medst_trl.selftrain.judge.prompt import fit
+from medst_trl.selftrain.judge.judge import fit
 from medst_trl.selftrain.judge.prompts.rubric import CRITERIA, SYSTEM, read_rubric, rubric_messages
 
 

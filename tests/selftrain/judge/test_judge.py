@@ -9,8 +9,8 @@ from hashlib import sha256
 import pytest
 
 from medst_trl.base.errors import UserError
+from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, JudgePrompt
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
-from medst_trl.selftrain.judge.prompt import JUDGE_PROMPTS, JudgePrompt
 
 
 PNG = base64.b64decode(  # one black pixel
