@@ -92,6 +92,8 @@ def assemble(
     noted = {entry["image_id"]: entry["note"] for entry in index.values() if entry.get("note")}
     notes = {**records.counts, **Counter(noted.values()), **(overlap if records.questions else {})}
     notes |= _notes(usable, rows, validation_fraction)
+    if is_compared and plain and splits["test"]:
+        notes["images_too_plain_to_find_near_copies"] = len(plain)
     if (disjoint == "group" or groups.level == "directory") and not any(record.group for record in usable):
         notes["groups"] = "none. Set --group_column or --group_by."
     counts = {

@@ -160,10 +160,16 @@ def made(tmp_path):
         own = Records("own", Path("images"), conversations=talks, questions=questions)
         index = {name: {"image_id": name} for record in records for name in record.images}
         for name, bits in (hashes or {}).items():
-            index[name] |= {"near_hash": f"{bits:064x}"}
+            index[name] |= {"near_hash": None if bits is None else f"{bits:064x}"}
         return assemble(own, index, groups=GroupIds(tmp_path / "salt"), **options)
 
     return run
+
+
+def test_images_without_a_near_hash_are_counted_beside_the_near_copies(made):
+    hashes = {"a": None, "b": None, "c": 0}
+    notes = made([question(name, name, "test" if name == "a" else "train") for name in hashes], hashes)[2]["notes"]
+    assert (notes["near_copies_in_train_and_test"], notes["images_too_plain_to_find_near_copies"]) == (0, 2)
 
 
 def chain(count: int) -> dict[str, int]:
