@@ -53,7 +53,7 @@ def hub_copy(directory) -> None:
 
 
 def read(path, name="images"):
-    return read_parquet(name, SourceRequest(path))
+    return read_parquet(name, SourceRequest(path, path.parent))
 
 
 def prepare(directory, source, path, **arguments):
@@ -83,7 +83,10 @@ def test_a_finished_run_reads_no_images_to_say_so(tmp_path, monkeypatch, capsys)
     copy = tmp_path / "copy"
     hub_copy(copy)
     prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
+    prepare(tmp_path / "whole", "vqa_rad", copy)
+    (copy / "README.md").write_text("changed")
     monkeypatch.setattr("medst_trl.data.parquet.read_parquet", None)
+    prepare(tmp_path / "whole", "vqa_rad", copy)
     prepare(tmp_path / "out", "vqa_rad", copy / "data" / "test-00000-of-00001.parquet")
     assert "nothing to do" in capsys.readouterr().out
     write(copy / "data" / "test-00000-of-00001.parquet", rows(5))
@@ -136,6 +139,17 @@ def test_images_may_be_bytes_or_lists(tmp_path):
     assert counts["datasets"] == {"instruct/train": {"images": 2, "conversations": 1, "answers": 1}}
     shown = load_records(tmp_path / "lists" / "instruct", "train")[0]["images"]
     assert [image.getpixel((0, 0)) for image in shown] == [1, 2]
+
+
+def test_images_that_datasets_has_not_embedded_are_read_on_this_machine_only(tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "p7.png").write_bytes(png(9))
+    row = {"id": "p7-q1", "image": str(tmp_path / "scans" / "p7.png"), "question": "?", "answer": "no"}
+    write(tmp_path / "copy" / "t.parquet", [row | {"split": "test"}])
+    counts = prepare(tmp_path / "out", "vqa_rad", tmp_path / "copy")
+    assert counts["datasets"] == {"benchmark/test": {"images": 1, "questions": 1, "closed": 1}}
+    assert load_records(tmp_path / "out" / "benchmark", "test")[0]["image"].getpixel((0, 0)) == 9
+    assert read_parquet("vqa_rad", SourceRequest(tmp_path / "copy")).image_names == []
 
 
 def test_names_of_files_in_place_of_images_are_rejected(tmp_path):
