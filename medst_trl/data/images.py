@@ -13,7 +13,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -25,6 +25,7 @@ from unicodedata import normalize
 from PIL import ExifTags, Image, ImageOps
 
 from medst_trl.base.errors import UserError
+from medst_trl.base.files import did_you_mean
 
 from .cells import DICOM_SUFFIXES
 from .dicom import open_dicom
@@ -291,6 +292,18 @@ class FolderImages:
         self.directory, self.settings = directory, settings
         self._lock = Lock()  # one thread opens a file of several frames, and reads them for all threads
         self._open_once = lru_cache(maxsize=2)(open_image)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a directory that has none of the images: its path is wrong."""
+
+        def is_missing(name: str) -> bool:
+            with suppress(ImageProblem):  # it has another problem, such as a link that leads out of the directory
+                return not self.find(name)[0].exists()
+            return False
+
+        if names and all(map(is_missing, names)):
+            near = did_you_mean(self.directory, lambda other: any((other / name).is_file() for name in names[:10]))
+            raise UserError(f"image_folder {self.directory} has none of the images.{near} Correct image_folder.")
 
     def find(self, name: str) -> tuple[Path, int | None]:
         """Return the file that a name means, and the number of the frame if it has one."""

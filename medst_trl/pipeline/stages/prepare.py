@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from medst_trl.base.errors import UserError
-from medst_trl.base.files import did_you_mean, visible_files, write_jsonl
+from medst_trl.base.files import visible_files, write_jsonl
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.base.hub_ids import is_only_on_hub
 from medst_trl.base.processes import cores
@@ -160,27 +160,21 @@ def main(args: PrepareArguments, *others: Any) -> None:
         rows, rejected, counts = assemble(records, index, groups=groups, **selection)
         write_jsonl(output_dir / "rejected.jsonl", [item.as_row() for item in rejected])
         if not counts["datasets"]:
-            raise _nothing_usable(args, records, counts["rejected"], rejected)
+            raise _nothing_usable(args, counts["rejected"], rejected)
         _write(rows, records, output_dir, args.rows_per_shard, num_workers)
         record.finish(counts=counts, source_card=asdict(source.card))
     _print_counts(args, counts)
 
 
-def _nothing_usable(
-    args: PrepareArguments, records: Records, reasons: Mapping[str, int], rejected: Sequence[Rejected]
-) -> UserError:
+def _nothing_usable(args: PrepareArguments, reasons: Mapping[str, int], rejected: Sequence[Rejected]) -> UserError:
     if not rejected:
         where = f" in {args.data_path}" if args.data_path else ""
         return UserError(f"The source {args.source!r} found no records{where}. Correct its settings or data.")
-    first, names, near = next(iter(reasons)), records.image_names[:10], ""
-    if first == "missing" and records.image_folder:
-        near = did_you_mean(records.image_folder, lambda other: any((other / name).is_file() for name in names))
-    row = next(item.as_row() for item in rejected if item.reason == first)
+    row = next(item.as_row() for item in rejected if item.reason == next(iter(reasons)))
     example = "" if args.group_column else f", for example {row['value'] or row['id']!r}"  # may name a patient
     return UserError(
-        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}{example}."
-        f"{near and f' The images are not in {records.image_folder}.'}{near} Correct the data or the settings "
-        f"(see {Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
+        f"Nothing in {args.data_path or args.source} can be used: {list_reasons(reasons)}{example}. "
+        f"Correct the data or the settings (see {Path(args.output_dir) / 'rejected.jsonl'}), and add --overwrite."
     )
 
 
@@ -217,6 +211,8 @@ def _read(args: PrepareArguments, source: Source, request: SourceRequest) -> Rec
             f"(columns that are not used: {found}). Correct group_column. The sources images, captions and llava have "
             "such columns in tables and JSON files; a directory of images has none."
         )
+    if isinstance(records.images, FolderImages) and all(record.images for record in records):
+        records.images.check(records.image_names)
     return records.first(args.max_records)
 
 
@@ -257,18 +253,20 @@ def _inputs(source: Source, request: SourceRequest, read: Callable[[], Records])
     inputs, data_path = {"data_path": None, "image_folder": None}, request.data_path
     if not source.needs_data:
         return inputs
-    if source.reads_parquet and is_parquet(data_path):  # with the images; reading those takes long
+    if not data_path.exists():  # on the Hub
         return inputs | {"data_path": data_path}
-    records = read()
-    folder = records.image_folder or request.image_folder
-    used = list(FolderImages(folder, request.images).files(records.image_names))
+    folder, used = request.image_folder, []
+    if not (source.reads_parquet and is_parquet(data_path)):  # with the images; reading those takes long
+        records = read()
+        folder = records.image_folder or folder
+        used = list(FolderImages(folder, request.images).files(records.image_names))
     if not data_path.is_dir():
         return inputs | {"data_path": data_path, "image_folder": fingerprint(folder, used)}
     if source.data_files is None:
         names = list(visible_files(data_path))
     else:
-        found = (path for name in source.data_files for path in data_path.glob(name))
-        names = [path.relative_to(data_path).as_posix() for path in found]
+        patterns = (*source.data_files, *(["**/*.parquet"] if source.reads_parquet else []))
+        names = [path.relative_to(data_path).as_posix() for name in patterns for path in data_path.glob(name)]
     if not folder.resolve().is_relative_to(data_path.resolve()):
         return inputs | {"data_path": fingerprint(data_path, names), "image_folder": fingerprint(folder, used)}
     inside = folder.resolve().relative_to(data_path.resolve())

@@ -201,7 +201,13 @@ def test_invalid_settings_are_refused(tmp_path):
         with pytest.raises(UserError, match=match):
             prepare(tmp_path, **good | changes)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="2 missing"):
+    with pytest.raises(UserError, match="image_folder .* has none of the images. Correct image_folder"):
+        prepare(tmp_path, **llava(tmp_path, [conversation("t", "x.png"), conversation("u", "y.png")]))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images" / "x.png").write_text("no image")
+    with pytest.raises(
+        UserError, match=r"can be used: 1 not_an_image, 1 missing, for example 'x\.png.*add --overwrite"
+    ):
         prepare(tmp_path, **llava(tmp_path, [conversation("t", "x.png"), conversation("u", "y.png")]))
     assert len(read_jsonl(tmp_path / "out" / "rejected.jsonl")) == 2
 
@@ -212,12 +218,11 @@ def test_the_error_for_an_image_folder_one_level_off_names_the_right_one(tmp_pat
     arguments = llava(tmp_path, [conversation(f"t{n}", f"train/{n}.png") for n in range(2)])
     meant = rf"Did you mean {tmp_path / 'images'}\?"
     for wrong in (tmp_path, tmp_path / "images" / "train"):
-        message = rf"can be used: 2 missing, for example 't.*The images are not in {wrong}\. {meant} Correct"
-        with pytest.raises(UserError, match=message):
-            prepare(tmp_path, **arguments | {"image_folder": str(wrong), "overwrite": True})
+        with pytest.raises(UserError, match=rf"{wrong} has none of the images\. {meant} Correct image_folder"):
+            prepare(tmp_path, **arguments | {"image_folder": str(wrong)})
     with pytest.raises(UserError, match=rf"image_folder is not a directory: .*/images/images. {meant}"):
         prepare(tmp_path, **arguments | {"image_folder": str(tmp_path / "images" / "images")})
-    assert len(load_records(prepare(tmp_path, **arguments, overwrite=True) / "instruct", "train")) == 2
+    assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 2
 
 
 def test_each_image_of_a_directory_is_used_once(tmp_path):
