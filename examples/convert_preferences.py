@@ -21,9 +21,9 @@ from medst_trl.base.errors import UserError
 from medst_trl.base.files import atomic_path, write_jsonl, write_text
 from medst_trl.base.settings import check_choice
 from medst_trl.data.conform import conform
-from medst_trl.data.identify import with_image_ids
 from medst_trl.data.images import publishable
 from medst_trl.data.loading import load_records
+from medst_trl.data.overlap import with_image_ids
 from medst_trl.data.schema import features_of, with_stored_images, write_split
 from medst_trl.data.source import list_reasons
 from medst_trl.data.sources.llava import PLACEHOLDER

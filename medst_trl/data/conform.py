@@ -68,7 +68,7 @@ def conform(dataset: "Dataset", kind: str) -> "Dataset":
     a column `image` in place of `images`, pairs whose prompt is the beginning of both answers, and a benchmark with
     one question per row (`image`, `question`, `answer`). A missing `id` becomes the number of the row, and a repeated
     one gets a suffix. Image ids that are not hashes of pixels become null, see
-    [`~medst_trl.data.identify.with_image_ids`], and each `group_id` that is not hashed is hashed with the user's salt.
+    [`~medst_trl.data.overlap.with_image_ids`], and each `group_id` that is not hashed is hashed with the user's salt.
     Rows whose texts cannot be used keep none, so that the stages reject them.
 
     Args:

@@ -22,7 +22,7 @@ from medst_trl.base.processes import rank
 
 from .cells import SPLIT_NAMES, is_missing, optional_text
 from .conform import RowReader, check_missing, conform, missing_columns, report_unusable
-from .identify import with_image_ids
+from .overlap import with_image_ids
 from .reading import read_json_records
 from .schema import KINDS, features_of, kind_of
 from .source import Rejected

@@ -15,7 +15,7 @@ from medst_trl.base.processes import ordered_map, process_state
 from medst_trl.base.settings import check_bounds
 from medst_trl.data.cells import printable
 from medst_trl.data.conform import check_missing, conform
-from medst_trl.data.identify import with_image_ids
+from medst_trl.data.overlap import with_image_ids
 from medst_trl.data.schema import message, text_part, with_stored_images
 from medst_trl.engines.engine import (
     DESCRIBE,

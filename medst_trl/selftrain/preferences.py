@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medst_trl.base.hub_ids import public_name
 from medst_trl.data.assemble import draw
 from medst_trl.data.groups import NEAR_COPY_BITS, Grouping
-from medst_trl.data.overlap import Inventory, normalized, why_groups_not_compared
+from medst_trl.data.overlap import Inventory, hash_images, normalized, why_groups_not_compared
 from medst_trl.data.schema import text_of, text_part
 from medst_trl.data.source import Rejected
 
@@ -78,8 +78,6 @@ def build_preferences(candidates: "Dataset", judgements: Iterable[Mapping[str, A
     print(preferences.counts)
     ```
     """
-    from medst_trl.data.identify import hash_images
-
     by_id, used = {}, ("id", "image_ids", "prompt", "answers", "group_id")
     columns = [name for name in candidates.column_names if name in used]
     for row, candidate in enumerate(candidates.select_columns(columns)):

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, check_choice, make_lists
 from medst_trl.data.conform import conform, missing_columns
-from medst_trl.data.identify import with_image_ids
+from medst_trl.data.overlap import with_image_ids
 from medst_trl.policy.adapters import train_in_full_precision
 from medst_trl.policy.families import base_of
 

@@ -14,8 +14,8 @@ from PIL import Image as PILImage
 from medst_trl.base.errors import UserError
 from medst_trl.data.conform import conform, missing_columns
 from medst_trl.data.groups import GroupIds
-from medst_trl.data.identify import with_image_ids
 from medst_trl.data.images import image_id, store_image
+from medst_trl.data.overlap import with_image_ids
 from medst_trl.data.schema import KINDS, dialogue, features_of, image_part, text_part
 
 

@@ -128,7 +128,7 @@ def test_preference_pairs_and_text_without_images_are_compared():
 def test_no_image_is_decoded_if_its_hash_is_known(monkeypatch):
     image = random_image(0)
     name, _ = stored(image)
-    monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
+    monkeypatch.setattr("medst_trl.data.overlap.hash_images", None)
     made = Inventory()
     made.add(conversations([image]), {name: "ab" * 32})
     assert made.hashes == {name: "ab" * 32}

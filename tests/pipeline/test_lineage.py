@@ -16,10 +16,10 @@ from tiny_run import write_instruct
 
 from medst_trl.base.files import write_json
 from medst_trl.base.fingerprints import fingerprint
-from medst_trl.data.identify import image_ids_of
 from medst_trl.data.images import store_image
 from medst_trl.data.loading import fingerprint_dataset, load_records
 from medst_trl.data.near_copies import perceptual_hash
+from medst_trl.data.overlap import image_ids_of
 from medst_trl.data.schema import dialogue, features_of, write_split
 from medst_trl.evaluation.contamination import Contamination
 from medst_trl.pipeline.lineage import (
@@ -543,7 +543,7 @@ def test_near_hashes_of_prepare_are_used_and_its_setting_decides(evaluated, monk
     (evaluated / "sft" / "stage.json").unlink()
     datasets = [evaluated / "a", evaluated / "b"]
     write_stage(evaluated / "sft", "sft", model_name_or_path=evaluated / "base", dataset=datasets)
-    monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
+    monkeypatch.setattr("medst_trl.data.overlap.hash_images", None)
     assert checked(evaluated)["figures"]["near"]["n"] == 1
     write_stage(evaluated / "prepare", "prepare", {"near_copy_bits": 0})
     found = checked(evaluated)

@@ -289,7 +289,7 @@ def test_near_copies_of_benchmark_images_are_dropped_by_default():
 
 
 def test_images_whose_hashes_are_known_are_not_decoded(monkeypatch):
-    monkeypatch.setattr("medst_trl.data.identify.hash_images", None)
+    monkeypatch.setattr("medst_trl.data.overlap._identities", None)
     candidates = [candidate(n, question="Is it dark?") | {"images": [Image.effect_noise((9, 9), 60)]} for n in (3, 4)]
     codes = {"image3": 64 * "a", "image4": 63 * "a" + "b"}
     assert list(reasons(build(candidates, near_hashes=codes)).values()) == ["near_duplicate_question"]

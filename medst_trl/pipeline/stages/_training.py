@@ -19,8 +19,8 @@ from medst_trl.base.errors import Problems, UserError, number_of
 from medst_trl.base.files import move_files
 from medst_trl.base.processes import leave_peers, rank
 from medst_trl.base.settings import check_bounds, check_choice, documented, make_lists
-from medst_trl.data.identify import image_ids_of
 from medst_trl.data.loading import load_records, mix
+from medst_trl.data.overlap import image_ids_of
 from medst_trl.data.schema import KINDS, features_of
 from medst_trl.pipeline.launch import Batch, gpu_count
 from medst_trl.pipeline.lineage import trained_on, write_training_images

@@ -15,8 +15,8 @@ from tables import write_table
 
 from medst_trl.base.errors import UserError
 from medst_trl.data.groups import GroupIds, salt_of
-from medst_trl.data.identify import hash_images
 from medst_trl.data.loading import load_records
+from medst_trl.data.overlap import hash_images
 from medst_trl.evaluation.scoring import score_vqa
 from medst_trl.evaluation.vqa import questions_of
 from medst_trl.hub.cards import steps_to
