@@ -1,15 +1,15 @@
 # Copyright 2026 The medst_trl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Charts as inline SVG: lines over steps, and horizontal bars with error bars. `charts.svg.jinja` draws them.
+Charts as inline SVG: lines over steps, horizontal bars with error bars, and the curves of a training.
 
-Each SVG is self-contained. Its colors are CSS variables with a default, so that a page can set its own for a dark
-screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's template has both sets). No
-chart relies on color alone: lines are labeled and differ in dashes, and bars are labeled.
+Each SVG is self-contained, drawn by `charts.svg.jinja`. Its colors are CSS variables with a default, so that a page can
+set its own for a dark screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's
+template has both sets). No chart relies on color alone: lines are labeled and differ in dashes, and bars are labeled.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .text import clean, environment, number
+from .text import clean, environment, is_number, number
 
 
 WIDTH = 400  # units of the viewBox, about one pixel each: a phone shows a chart unscaled
@@ -171,3 +171,70 @@ def _thin(points: Points) -> Points:
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     runs = [points[start : start + size] for start in range(0, len(points), size)]
     return [tuple(map(fmean, zip(*run))) for run in runs]
+
+
+# --- Curves of a training, and what they show ------------------------------------------------------------------------
+
+DISPLACED = 0.05  # nats: a smaller loss of log-probability is not called a displacement
+LAST_PART = 0.2  # of the logged values, averaged for statements about the end of training
+
+Log = Sequence[Mapping[str, Any]]
+
+# Title, unit of y, keys of the log, and a level to draw with its name. The log of preference training has rewards.
+_SUPERVISED = (
+    ("Loss", "nats per token", ("loss", "loss_question", "loss_answer", "eval_loss"), None),
+    ("Next-token accuracy", "share of tokens", ("question_accuracy", "answer_accuracy"), None),
+)
+_PREFERENCE = (
+    ("Loss", "nats per pair", ("loss", "eval_loss"), (math.log(2), "ln 2: sigmoid loss before training")),
+    ("Reward margin", "nats × beta", ("rewards/margins", "eval_rewards/margins"), (0.0, "")),
+    ("Pairs in the judge's order", "share", ("rewards/accuracies", "eval_rewards/accuracies"), (0.5, "by chance")),
+    ("Log-probability of an answer", "nats", ("logps/chosen", "logps/rejected"), None),
+    ("Change from the reference", "nats", ("logratios/chosen", "logratios/rejected"), (0.0, "")),
+    ("Length of an answer", "tokens", ("lengths/chosen", "lengths/rejected"), None),
+)
+
+
+def training_charts(log: Log) -> list[Markup]:
+    """Draw the charts of supervised or preference training for which the log has values."""
+    charts = []
+    for title, unit, keys, level in _PREFERENCE if _points(log, "rewards/margins") else _SUPERVISED:
+        lines = {key: _points(log, key) for key in keys}
+        charts.append(line_chart(title, lines, x_label="optimizer step", y_label=unit, level=level))
+    return [chart for chart in charts if chart]
+
+
+def displacement(log: Log) -> str | None:
+    """
+    State whether the chosen answers became less likely than under the reference (likelihood displacement); None
+    if the log does not show it.
+    """
+    keys = ("logratios/chosen", "logratios/rejected", "rewards/margins")
+    chosen, rejected, margin = map(final_values(log, keys).get, keys)
+    if chosen is None:
+        return None
+    if chosen >= -DISPLACED:
+        likely = "no less likely than" if chosen >= 0 else "about as likely as"
+        note = "" if chosen or rejected or margin else " The policy has not changed (is the warm-up too long?)."
+        return f"The chosen answers are {likely} under the reference ({number(chosen, 3, '+')} nats).{note}"
+    reason = ""
+    if margin is not None and margin > 0 and rejected is not None and rejected < chosen:
+        reason = "The margin grows because the rejected answers lose even more: it does not show a better model. "
+    elif margin is not None and margin <= 0:
+        reason = "The margin has not grown either: the rejected answers have not lost more. "
+    return (
+        "Likelihood displacement: at the end of training the chosen answers are less likely than under the reference, "
+        f"by {number(-chosen, 3)} nats on average. {reason}Possible remedies: the sft term in the loss (loss_type: "
+        "[sigmoid, sft]), a lower learning rate, a higher beta."
+    )
+
+
+def final_values(log: Log, keys: Iterable[str]) -> dict[str, float]:
+    """Return the mean of each figure over the end of training."""
+    logged = {key: [y for _, y in _points(log, key)] for key in keys}
+    return {key: fmean(ys[-max(1, round(LAST_PART * len(ys))) :]) for key, ys in logged.items() if ys}
+
+
+def _points(log: Log, key: str) -> list[tuple[float, float]]:
+    pairs = [(entry.get("step"), entry.get(key)) for entry in log]
+    return [pair for pair in pairs if all(is_number(value) and math.isfinite(value) for value in pair)]

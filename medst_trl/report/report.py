@@ -16,7 +16,7 @@ from medst_trl.evaluation.contamination import EXPLANATION
 from medst_trl.evaluation.metric import METRICS
 
 from . import ReportArguments
-from .curves import displacement, final_values, read_log, training_charts
+from .charts import displacement, final_values, training_charts
 from .flow import Judging, data_flow, missing_stages, read_judgings, settings
 from .gallery import changed_answers, judged_cases
 from .run_directory import Run, StageRun
@@ -140,7 +140,7 @@ def write_report(report: Report, output_dir: str | os.PathLike) -> Path:
 
 def _training(run: Run, stage: StageRun) -> dict[str, Any]:
     """Return the curves of a training stage and what they show."""
-    log = read_log(run, stage)
+    log = run.read_log(stage)
     values = final_values(log, {key for entry in log for key in entry})
     return {"run": stage, "charts": training_charts(log), "final_values": values, "displacement": displacement(log)}
 

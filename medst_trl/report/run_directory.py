@@ -118,3 +118,15 @@ class Run:
         if not content and path.exists():
             self.notes.append(f"{self.name(path)} is damaged and is left out.")
         return content or None
+
+    def read_log(self, stage: StageRun) -> list[dict[str, Any]]:
+        """Return the log of a trainer: of the finished run, or of the newest checkpoint of an unfinished one."""
+        checkpoints = sorted(stage.directory.glob("checkpoint-*[0-9]"), key=lambda path: path.name.zfill(30))
+        for path in (place / "trainer_state.json" for place in (stage.directory, *reversed(checkpoints))):
+            content = self.read_json(path)
+            if content is None:
+                continue
+            if isinstance(content.get("log_history"), list):
+                return [entry for entry in content["log_history"] if isinstance(entry, dict)]
+            self.notes.append(f"{self.name(path)} has no log_history and is left out.")
+        return []
