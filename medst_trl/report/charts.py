@@ -3,8 +3,8 @@
 """
 Charts as inline SVG: lines over steps, horizontal bars with error bars, and the curves of a training.
 
-Each SVG is self-contained, drawn by `charts.svg.jinja`. Its colors are CSS variables with a default, so that a page can
-set its own for a dark screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's
+Each SVG is self-contained, drawn by `charts.svg.jinja`. Its colors are CSS variables with a default, so that a page
+can set its own for a dark screen (`--ink`, `--muted`, `--grid`, `--halo`, `--series-1` to `--series-5`; the report's
 template has both sets). No chart relies on color alone: lines are labeled and differ in dashes, and bars are labeled.
 """
 

@@ -17,8 +17,7 @@ from medst_trl.evaluation.metric import METRICS
 
 from . import ReportArguments
 from .charts import displacement, final_values, training_charts
-from .flow import Judging, data_flow, missing_stages, read_judgings, settings
-from .gallery import changed_answers, judged_cases
+from .data import Judging, changed_answers, data_flow, judged_cases, missing_stages, read_judgings, settings
 from .run_directory import Run, StageRun
 from .scores import read_comparisons
 from .text import environment, relative_path, without_paths

@@ -14,7 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from medst_trl.base.errors import UserError
 from medst_trl.evaluation.contamination import FIGURES
-from medst_trl.report import ReportArguments, gallery
+from medst_trl.report import ReportArguments
+from medst_trl.report.data import data_url
 from medst_trl.report.report import make_report, write_report
 
 
@@ -184,7 +185,7 @@ def test_answers_that_became_right_are_counted(original, page):
 
 
 def test_images_of_the_run_are_scaled_down(run, monkeypatch):
-    monkeypatch.setattr(gallery, "IMAGE_SIZE", 20)
+    monkeypatch.setattr("medst_trl.report.data.IMAGE_SIZE", 20)
     _, page = report_on(run)
     urls = [a["src"] for tag, a in page.elements if tag == "img"]
     assert len(urls) > 6
@@ -460,7 +461,7 @@ def test_a_comment_in_an_image_is_not_on_the_page():
         start = text.getvalue().index(b"tEXt") - 4
         chunk = text.getvalue()[start : start + 12 + int.from_bytes(text.getvalue()[start : start + 4], "big")]
         end = raw.rindex(b"IEND") - 4
-        url = gallery.data_url(raw[:end] + chunk + raw[end:])
+        url = data_url(raw[:end] + chunk + raw[end:])
         assert b"Jane Doe" in chunk and b"Jane Doe" not in base64.b64decode(url.partition(",")[2])
 
 
@@ -475,10 +476,10 @@ def test_images_are_shown_upright_and_deep_ones_in_full_range():
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (40, 20), 9).save(file, "JPEG", exif=exif)
-    assert picture_in(gallery.data_url(file.getvalue())).size == (20, 40)
+    assert picture_in(data_url(file.getvalue())).size == (20, 40)
     file = io.BytesIO()
     Image.fromarray(np.arange(0, 64_000, 1000, dtype=np.uint16).reshape(8, 8)).save(file, "PNG")
-    shown = np.asarray(picture_in(gallery.data_url(file.getvalue())))
+    shown = np.asarray(picture_in(data_url(file.getvalue())))
     assert shown.min() < 20 and shown.max() > 235 and 110 < np.median(shown) < 145
 
 
