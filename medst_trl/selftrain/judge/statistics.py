@@ -17,6 +17,9 @@ MANY_FLIPS = 0.25  # GPT-4 flips on 13% of pairs (lm-sys/FastChat#3911)
 _ADVICE = {
     "tie": "The judge sees no difference: generate answers at a higher temperature, or from more images.",
     "small_margin": "Lower --min_margin, or generate answers at a higher temperature.",
+    "unparsable": "The judge's replies could not be read: choose a stronger judge (--model), or raise --max_tokens.",
+    "content_filter": "The judge refuses the content: choose another one (--model).",
+    "request_failed": "Calls to the judge failed: each judgement has the reason that its server gave.",
     "flip": "The judge's verdicts follow the order of the answers: choose a stronger judge (--model).",
     "image_in_benchmark": "The images are part of a benchmark: generate from others.",
     "near_copy_in_benchmark": "The images are copies of those of a benchmark: generate from others.",

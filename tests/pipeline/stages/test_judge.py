@@ -340,6 +340,13 @@ def test_an_empty_result_is_explained_and_keeps_the_judgements(candidates, tmp_p
     assert len(read_jsonl(tmp_path / "out/judgements.jsonl")) == 12
 
 
+def test_calls_that_failed_are_named_if_no_pair_is_left(candidates, tmp_path):
+    expected = pytest.raises(UserError, match="12 request_failed.*Calls to the judge failed")
+    with JudgeServer(fault=lambda number, body: "400" if number else None) as server, expected:
+        run(candidates, tmp_path / "out", server, concurrency=1)
+    assert "bad request" in (tmp_path / "out/judgements.jsonl").read_text()
+
+
 def test_the_suggested_lower_margin_works(candidates, tmp_path):
     with JudgeServer() as server:
         with pytest.raises(UserError, match="--min_margin.*--overwrite"):
