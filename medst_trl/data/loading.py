@@ -3,33 +3,39 @@
 """
 Open datasets: those that the stages write, and your own in one of the usual forms.
 
-A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk`, or on the Hub.
+A split is a set of Parquet or JSON files, a directory of `datasets.save_to_disk`, or on the Hub. Sources also read
+tables of questions in Parquet files or on the Hub, with the images inside: the copies of VQA-RAD and PathVQA there
+have the columns `image`, `question` and `answer`, and a file or more for each split.
 """
 
 import glob
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from medst_trl.base.errors import UserError, located
-from medst_trl.base.files import did_you_mean
+from medst_trl.base.files import did_you_mean, visible_files
 from medst_trl.base.fingerprints import fingerprint
 from medst_trl.base.hub_ids import is_only_on_hub, split_revision
 from medst_trl.base.processes import rank
 
-from .cells import SPLIT_NAMES, is_missing, optional_text
+from .cells import SPLIT_NAMES, column_names, is_missing, optional_text
 from .conform import RowReader, check_missing, conform, missing_columns, report_unusable
+from .image_settings import ImageSettings
 from .overlap import with_image_ids
-from .reading import read_json_records
-from .schema import KINDS, features_of, kind_of
-from .source import Rejected
+from .reading import check_header, read_json_records
+from .schema import KINDS, features_of, kind_of, with_stored_images
+from .source import QUESTION_COLUMNS, Records, Rejected, SourceRequest, question_or_image
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .images import StoredImage
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.parquet")
 _IN_DIRECTORIES = (".parquet", ".jsonl")  # not .json, as many other files are
@@ -100,19 +106,6 @@ def readable_errors(path_or_hub_id: str | PathLike, near: Callable[[], str] = st
     except (DatasetGenerationError, KeyError, ValueError) as error:  # damaged, other columns, an unknown split
         lines = str(error.__cause__ or error).splitlines()  # a schema is between the first and the last one
         raise UserError(f"{path_or_hub_id}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}") from None
-
-
-def open_splits(path: Path) -> "Mapping[str, Dataset]":
-    """Open all splits of a file, of a directory or of a dataset on the Hub. Their columns may differ."""
-    from datasets import load_dataset
-
-    with readable_errors(path):
-        found = {split: files for split in _SPLITS if (files := _find(path, split))}
-        found = {_split_of(path) or "train": [path]} if path.is_file() else found
-        if found:
-            return {split: _read(files, split, None) for split, files in found.items()}
-        hub_id, revision = split_revision(str(path))
-        return load_dataset(hub_id, revision=revision)
 
 
 def _read(files: list[Path], split: str, kind: str | None) -> "Dataset":
@@ -323,3 +316,94 @@ def _datasets_near(path: Path, split: str, kind: str | None) -> str:
         return False
 
     return did_you_mean(path, holds_split)
+
+
+# Tables of questions with the images inside, as the data of a source
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether the data is a Parquet file, a directory of nothing else (apart from a card or notes), or on the Hub."""
+    if not path.is_dir():
+        return path.suffix == ".parquet" or not path.exists()
+    return {PurePath(name).suffix for name in visible_files(path)} - {".md", ".txt", ".json"} == {".parquet"}
+
+
+def read_parquet(name: str, request: SourceRequest) -> Records:
+    """
+    Read questions about images, and images without questions, see [`~medst_trl.data.sources.images.read_table`] for
+    the columns. `image` holds one or more images, as `datasets` stores them or their bytes. Of files on this machine,
+    that may be an absolute path. The split is that of the file or on the Hub, unless there is a column `split`.
+
+    Args:
+        name (`str`): Prefix of the ids.
+        request ([`SourceRequest`]): `data_path` is a file, a directory or a Hub id, see [`is_parquet`].
+
+    Raises:
+        UserError: if the data cannot be read, or has no column `image`.
+    """
+    images = TableImages(request.images, is_local=request.image_folder is not None)
+    records = Records(name, request.image_folder, images, group_column=request.group_column)
+    for split, dataset in _open_splits(request.data_path).items():
+        columns = column_names(dataset.column_names, "image")
+        check_header(columns, ("image",), request.data_path)
+        rows = images.rows(with_stored_images(dataset), columns, split)
+        records.collect(rows, question_or_image, prefix=f"{name}-{split}-", used=QUESTION_COLUMNS)
+    return records
+
+
+def _open_splits(path: Path) -> "Mapping[str, Dataset]":
+    """Open all splits of a file, of a directory or of a dataset on the Hub. Their columns may differ."""
+    from datasets import load_dataset
+
+    with readable_errors(path):
+        found = {split: files for split in _SPLITS if (files := _find(path, split))}
+        found = {_split_of(path) or "train": [path]} if path.is_file() else found
+        if found:
+            return {split: _read(files, split, None) for split, files in found.items()}
+        hub_id, revision = split_revision(str(path))
+        return load_dataset(hub_id, revision=revision)
+
+
+class TableImages:
+    """
+    Images inside the rows of datasets, by the hash of their bytes. They are read again when they are needed.
+
+    `datasets` stores the absolute paths of local images, unless it is told to embed them. Such files are read if the
+    dataset `is_local`: one on the Hub must not name files of this machine.
+    """
+
+    def __init__(self, settings: ImageSettings, is_local: bool):
+        self.settings, self.is_local, self._places = settings, is_local, {}
+
+    def rows(self, dataset: "Dataset", columns: list[str], split: str) -> Iterator[tuple[int, dict]]:
+        """Yield the rows of a dataset with names in place of the images. `columns` are the names of its columns."""
+        column = columns.index("image")
+        for position, values in enumerate(dataset):
+            row = {"split": split} | {name: one for name, one in zip(columns, values.values()) if one is not None}
+            row["image"] = [_name(image) for image in self._images_in(values, column)]
+            for number, name in enumerate(row["image"]):
+                self._places.setdefault(name, (dataset, position, column, number))
+            yield position, row
+
+    def load(self, name: str, identify: bool = True) -> "StoredImage":
+        """Read an image. See [`~medst_trl.data.images.load_image`]."""
+        from .images import load_image  # loads NumPy and Pillow
+
+        dataset, position, column, number = self._places[name]
+        image = list(self._images_in(dataset[position], column))[number]
+        return load_image(image, self.settings, identify=identify)
+
+    def _images_in(self, row: dict[str, Any], column: int) -> Iterator[Any]:
+        """Yield the content of the images of a row, or their paths, in its column of this number."""
+        cell = list(row.values())[column]
+        for image in cell if isinstance(cell, list) else [cell]:
+            data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+            is_file = data is None and self.is_local and path and PurePath(path).is_absolute()
+            yield Path(path) if is_file else data
+
+
+def _name(image: Any) -> str | None:
+    """Return the name of an image by its bytes or path; None if there are none, so that the record is rejected."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()[:32]
+    return str(image) if isinstance(image, Path) else None

@@ -343,7 +343,7 @@ class Source:
         needs_data (`bool`, *optional*, defaults to `True`):
             Whether it reads `data_path`.
         reads_parquet (`bool`, *optional*, defaults to `False`):
-            Whether Parquet files and Hub ids as `data_path` are read by [`~medst_trl.data.parquet.read_parquet`]
+            Whether Parquet files and Hub ids as `data_path` are read by [`~medst_trl.data.loading.read_parquet`]
             instead.
         data_files (`tuple` of `str`, *optional*):
             Patterns of the files, besides images, that it reads in a directory as `data_path`. By default all files

@@ -40,6 +40,7 @@ from medst_trl.data.assemble import assemble
 from medst_trl.data.cells import column_name
 from medst_trl.data.groups import DISJOINT, GROUP_LEVELS, MOST_BITS, NEAR_COPY_BITS, GroupIds, salt_of, salt_path
 from medst_trl.data.image_settings import ImageSettings
+from medst_trl.data.loading import is_parquet, read_parquet
 from medst_trl.data.schema import features_of, write_split
 from medst_trl.data.source import SOURCES, Records, Rejected, Source, SourceRequest, check_image_folder, list_reasons
 from medst_trl.hub import HubArguments
@@ -199,7 +200,6 @@ def check(args: PrepareArguments, *others: Any) -> None:
 
 def _read(args: PrepareArguments, source: Source, request: SourceRequest) -> Records:
     from medst_trl.data.images import FolderImages
-    from medst_trl.data.parquet import is_parquet, read_parquet
 
     from_parquet = source.reads_parquet and is_parquet(request.data_path)
     records = read_parquet(source.name, request) if from_parquet else source.read(request)
@@ -248,7 +248,6 @@ def request_of(args: PrepareArguments, *others: Any) -> SourceRequest:
 def _inputs(source: Source, request: SourceRequest, read: Callable[[], Records]) -> dict[str, Any]:
     """What the record compares by content: of directories, only the files that are read."""
     from medst_trl.data.images import FolderImages
-    from medst_trl.data.parquet import is_parquet
 
     inputs, data_path = {"data_path": None, "image_folder": None}, request.data_path
     if not source.needs_data:
