@@ -113,10 +113,8 @@ def load_processor(
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
     adapter = read_adapter_config(model_name_or_path, revision)
     if adapter is None:
-        config, processor = (
-            read_model_config(model_name_or_path, **kwargs),
-            _load_processor(model_name_or_path, kwargs),
-        )
+        config = read_model_config(model_name_or_path, **kwargs)
+        processor = _load_processor(model_name_or_path, kwargs)
         fit_processor(processor, config, model_name_or_path)
         return processor, model_name_or_path, kwargs, None
     base, base_revision = split_revision(base_model_name_or_path or adapter.base_model_name_or_path or "")
