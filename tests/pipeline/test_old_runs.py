@@ -254,7 +254,9 @@ def test_push_resumes():
         record = assert_resumed(done, before, "interrupted/push")
         names = hub.files("dataset", "org/pairs")
     assert "README.md" in names and any(name.endswith(".parquet") for name in names)
-    assert record["counts"]["files"] == record_of("runs/push")["counts"]["files"]
+    # Log-probabilities of the reference in the form of version 0.1.0 are no longer read or pushed.
+    assert record["counts"]["files"] == record_of("runs/push")["counts"]["files"] - 1
+    assert not any("reference_log_probs" in name for name in names)
 
 
 @pytest.mark.parametrize("directory", ["runs", "interrupted"])
