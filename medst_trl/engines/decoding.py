@@ -141,7 +141,7 @@ def _settings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     """Return the settings of `generate`: greedy decoding, and what of the model's generation config is used."""
     from transformers import GenerationConfig
 
-    from medst_trl.policy.generation import TOKENS
+    from medst_trl.policy.loading import TOKENS
 
     config, vusr = model.generation_config, tokenizer.get_vocab().get(VUSR)  # a token of prompts, never written
     never = {*(config.suppress_tokens or ()), vusr} - {None}

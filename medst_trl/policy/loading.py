@@ -2,13 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a policy: base model, adapter, processor, `<vusr>` token and chat template, from directories or the Hub."""
 
+import json
+import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils.quantization_config import BitsAndBytesConfig
@@ -20,7 +30,6 @@ from medst_trl.base.settings import check_choice
 from . import DTYPES
 from .adapters import LOADING_ERRORS, find_model_file, hub_commit, load_adapter, read_adapter_config
 from .families import add_embedding_row, check_family, model_parts, on_meta
-from .generation import prepare_generation_config, read_generation_config
 from .image_tokens import fit_processor
 from .vusr import add_vusr, set_vusr_role, stop_token_ids
 
@@ -185,7 +194,7 @@ def _load_base(base: str, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> P
     Load a model without an adapter, and check that no weight was missing: transformers initializes those at random and
     only logs it.
     """
-    if (generation := read_generation_config(base, kwargs["revision"])) is not None:
+    if (generation := _read_generation_config(base, kwargs["revision"])) is not None:
         kwargs = kwargs | {"generation_config": generation}
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -240,7 +249,62 @@ def prepare_policy(model: PreTrainedModel, processor: ProcessorMixin) -> PreTrai
         [`~transformers.PreTrainedModel`]: The same model.
     """
     vusr_token_id = add_vusr(processor)
-    prepare_generation_config(model, stop_token_ids(processor), processor.tokenizer.pad_token_id, vusr_token_id)
+    _prepare_generation_config(model, processor, vusr_token_id)
     if vusr_token_id is not None:  # the text role needs none
         add_embedding_row(model, vusr_token_id)
     return model
+
+
+# --- Generation settings ---------------------------------------------------------------------------------------------
+
+# Texts are written by our own settings, so that results depend on nothing else: of a model's `generation_config.json`,
+# only `USED_SETTINGS` count. A loaded policy keeps those, and its sampling settings for tools that load a saved model.
+
+# Which tokens or strings end a text, and which tokens never appear in one.
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids", "sequence_bias")
+USED_SETTINGS = (*TOKENS, "stop_strings")
+# Each stage has settings for the first four. transformers saves the others only beside `do_sample`.
+_SAMPLING = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+
+
+def _read_generation_config(name_or_path: str, revision: str | None) -> GenerationConfig | None:
+    """Read what is used of a model's generation settings; `None` without a file, a `UserError` for a damaged one."""
+    path = find_model_file(name_or_path, "generation_config.json", revision, local_files_only=False)
+    try:
+        return None if path is None else _reduced(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"generation_config.json of {name_or_path!r} cannot be used ({error}). Correct or remove the file."
+        ) from error
+
+
+def _prepare_generation_config(model: PreTrainedModel, processor: ProcessorMixin, vusr_token_id: int | None) -> None:
+    """Reduce a model's generation config to what is used or can always be saved, and add the tokens of its policy."""
+    config = model.generation_config = _reduced(vars(model.generation_config))
+    config.eos_token_id = list(dict.fromkeys([*(config.eos_token_id or ()), *stop_token_ids(processor)]))
+    if config.pad_token_id is None:
+        config.pad_token_id = processor.tokenizer.pad_token_id
+    # `<vusr>` is read and never written.
+    config.suppress_tokens = sorted({*(config.suppress_tokens or ()), vusr_token_id} - {None}) or None
+
+
+def _reduced(settings: Mapping[str, Any]) -> GenerationConfig:
+    """Return a config of the settings that are used or can always be saved."""
+    names = (*USED_SETTINGS, *_SAMPLING, "repetition_penalty")
+    kept = {name: value for name in names if (value := settings.get(name)) not in (None, [], "", [""])}
+    for name in {"eos_token_id", "suppress_tokens", "stop_strings"} & kept.keys():
+        if not isinstance(kept[name], list):
+            kept[name] = [kept[name]]
+    for name in {"eos_token_id", "suppress_tokens"} & kept.keys():
+        kept[name] = [operator.index(token) for token in kept[name]]  # raises for anything but an integer
+    if operator.index(kept.get("pad_token_id", 0)) < 0:  # the original Llama's is -1
+        del kept["pad_token_id"]
+    neutral = GenerationConfig._get_default_generation_params()
+    effective = {name for name in _SAMPLING[1:] if kept.get(name, neutral.get(name)) != neutral.get(name)}
+    if kept.get("do_sample") is False or kept.get("temperature") == 0:
+        kept = {name: value for name, value in kept.items() if name not in effective}
+    elif effective:
+        kept["do_sample"] = True
+    return GenerationConfig(**kept)

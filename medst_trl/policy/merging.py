@@ -25,8 +25,7 @@ from medst_trl.base.settings import check_choice
 
 from . import DTYPES
 from .adapters import hub_commit, read_adapter_config
-from .generation import TOKENS
-from .loading import load_policy
+from .loading import TOKENS, load_policy
 
 
 Batches = list[dict[str, torch.Tensor]]

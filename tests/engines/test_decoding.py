@@ -31,7 +31,7 @@ from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_strea
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.engines.kinds.transformers import TransformersEngine
 from medst_trl.policy.families import FAMILIES, family_of
-from medst_trl.policy.generation import USED_SETTINGS
+from medst_trl.policy.loading import USED_SETTINGS
 
 
 WIDE, HIGH, SQUARE = (
