@@ -298,12 +298,14 @@ class FolderImages:
 
         def is_missing(name: str) -> bool:
             with suppress(ImageProblem):  # it has another problem, such as a link that leads out of the directory
-                return not self.find(name)[0].exists()
+                return not (self.find(name)[0].exists() or os.path.islink(self.directory / name))
             return False
 
         if names and all(map(is_missing, names)):
             near = did_you_mean(self.directory, lambda other: any((other / name).is_file() for name in names[:10]))
-            raise UserError(f"image_folder {self.directory} has none of the images.{near} Correct image_folder.")
+            raise UserError(
+                f"image_folder {self.directory} has none of the images that the data names.{near} Correct one of them."
+            )
 
     def find(self, name: str) -> tuple[Path, int | None]:
         """Return the file that a name means, and the number of the frame if it has one."""

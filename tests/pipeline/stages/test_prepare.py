@@ -201,7 +201,7 @@ def test_invalid_settings_are_refused(tmp_path):
         with pytest.raises(UserError, match=match):
             prepare(tmp_path, **good | changes)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="image_folder .* has none of the images. Correct image_folder"):
+    with pytest.raises(UserError, match="image_folder .* has none of the images that the data names. Correct one"):
         prepare(tmp_path, **llava(tmp_path, [conversation("t", "x.png"), conversation("u", "y.png")]))
     assert not (tmp_path / "out").exists()
     (tmp_path / "images" / "x.png").write_text("no image")
@@ -218,11 +218,15 @@ def test_the_error_for_an_image_folder_one_level_off_names_the_right_one(tmp_pat
     arguments = llava(tmp_path, [conversation(f"t{n}", f"train/{n}.png") for n in range(2)])
     meant = rf"Did you mean {tmp_path / 'images'}\?"
     for wrong in (tmp_path, tmp_path / "images" / "train"):
-        with pytest.raises(UserError, match=rf"{wrong} has none of the images\. {meant} Correct image_folder"):
+        with pytest.raises(UserError, match=rf"{wrong} has none of the images that the data names\. {meant} Correct"):
             prepare(tmp_path, **arguments | {"image_folder": str(wrong)})
     with pytest.raises(UserError, match=rf"image_folder is not a directory: .*/images/images. {meant}"):
         prepare(tmp_path, **arguments | {"image_folder": str(tmp_path / "images" / "images")})
     assert len(load_records(prepare(tmp_path, **arguments) / "instruct", "train")) == 2
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="can be used: 1 missing, for example '0.png: missing"):
+        prepare(tmp_path, to="links_out", source="images", data_path=str(tmp_path / "links"))
 
 
 def test_each_image_of_a_directory_is_used_once(tmp_path):
