@@ -234,8 +234,8 @@ class Client:
             prompt_tokens += RequestSize.of([last, reminder], 0).at_most
         at_most = {"prompt_tokens": prompt_tokens, "completion_tokens": body.get("max_tokens", call.max_tokens)}
         attempt = 0
-        async with self.limit:  # also while it waits for a retry, so that an overloaded server gets fewer calls
-            while True:
+        while True:
+            async with self.limit:
                 sent = self._fields.apply(body)
                 try:
                     return await self._paid_call(call, {"at_most": at_most}, sent)
@@ -243,8 +243,11 @@ class Client:
                     if self._fields.learn(error, sent):
                         continue
                     await self._check_retry(error, attempt)
-                    await self._sleep(wait_before(attempt, error.retry_after))
-                    attempt += 1
+                    seconds, attempt = wait_before(attempt, error.retry_after), attempt + 1
+                    if error.kind == "rate_limit" and attempt > 1:  # again: wait in the slot, so that fewer calls run
+                        await self._sleep(seconds)
+                        continue
+            await self._sleep(seconds)
 
     async def _check_retry(self, error: CallError, attempt: int) -> None:
         """Return to retry the call, raise `Stopped` if the run has to stop, or the error if the call has failed."""

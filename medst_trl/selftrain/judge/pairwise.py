@@ -22,7 +22,7 @@ from medst_trl.engines.responses import AcceptedFields, CallError
 from .judge import JUDGE_PROMPTS, MAX_CHARS, ORDERS, JudgeSettings, Reading, winner
 
 
-CALLS_PER_SLOT = 2  # calls in flight per concurrent call: images of the next ones are encoded meanwhile
+CALLS_PER_SLOT = 6  # calls in flight per concurrent call, so that slots stay busy while some wait for a retry
 # Messages for a run in which the judge refuses everything.
 _ADVICE = {
     "content_filter": "The judge refuses every pair for its content. Choose another --model",
