@@ -68,5 +68,6 @@ STAGE = Stage(
     main=main,
     plan=plan,
     inputs=(Input("source", FILE), Input("evaluation", FILE)),
+    operational=frozenset({"commit_message", "run"}),  # settings of earlier versions
 )
 STAGES.register(STAGE)

@@ -50,6 +50,18 @@ def test_no_argument_accepts_a_token(pushed, capsys):
     assert "token" in printed.err and "hf_0123456789abcdef0123" not in printed.err + printed.out
 
 
+def test_a_push_with_settings_of_earlier_versions_is_not_repeated(pushed, tmp_path):
+    (tmp_path / "data").mkdir()
+    args = PushArguments(str(tmp_path / "data"), "org/name", output_dir=str(tmp_path / "push"))
+    main(args)
+    path = tmp_path / "push" / "stage.json"
+    record = json.loads(path.read_text())
+    record["settings"] |= {"run": "runs/mine", "commit_message": "First version"}
+    path.write_text(json.dumps(record))
+    main(args)
+    assert len(pushed) == 1
+
+
 def test_a_recorded_push_is_repeated_only_with_overwrite_if_its_input_has_changed(pushed, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("1")
