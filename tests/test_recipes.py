@@ -95,7 +95,7 @@ def test_a_recipe_is_valid_with_its_data(path, with_data, capsys):
 def test_the_missing_files_of_a_recipe_are_reported(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        print_plan(path, [], with_models=False)
+        print_plan(path, {}, with_models=False)
     for step in read_recipe(path).steps("prepare"):
         assert f"section {step.label}: data_path: {step.settings['data_path']} does not exist" in str(error.value)
 
@@ -153,7 +153,7 @@ def test_the_commented_convert_section_works(with_data, tmp_path, capsys):
     steps = {step.label: step.settings for step in mine.steps()}
     assert next(iter(steps)) == "convert" and steps["convert"]["source"] == "ZachSun/sqllava-7B"
     assert steps["sft"]["model_name_or_path"] == steps["convert"]["output_dir"]
-    print_plan(tmp_path / "mine.yaml", [], with_models=False)
+    print_plan(tmp_path / "mine.yaml", {}, with_models=False)
     assert read_plan(capsys.readouterr().out)["convert"]["reads"] == ["ZachSun/sqllava-7B (Hub)"]
 
 

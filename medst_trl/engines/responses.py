@@ -44,7 +44,7 @@ NEXT_STEPS = {
 # Parts of servers' messages.
 _OF_FILTER = re.compile(r"content (management )?policy|content filter|safety system|flagged")
 # Fields that not every server accepts, by what it says about them. A newer name replaces `max_tokens`.
-_FIELDS = {
+FIELDS = {
     "response_format": re.compile(r"response_format|json_schema|json_object|structured|guided"),
     "max_tokens": re.compile("max_completion_tokens"),
     "temperature": re.compile("temperature"),
@@ -222,7 +222,7 @@ class AcceptedFields:
 
         Returns whether to send it again; concurrent calls may learn the same.
         """
-        for name, pattern in _FIELDS.items():
+        for name, pattern in FIELDS.items():
             if error.status in (400, 422) and name in sent and pattern.search(error.detail):
                 if name == "temperature" and name not in self.refused:
                     logger.warning("The server does not accept a temperature. It samples with its own settings.")

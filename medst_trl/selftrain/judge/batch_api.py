@@ -4,8 +4,9 @@
 
 import json
 import os
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from medst_trl.base.files import atomic_path
 from medst_trl.data.image_formats import ImageProblem
 from medst_trl.data.reading import read_text_file
 from medst_trl.engines.calls import ReplyCache
-from medst_trl.engines.responses import CallError, error_of_status, row_of_body
+from medst_trl.engines.responses import FIELDS, CallError, error_of_status, row_of_body
 
 from .pairwise import PairwiseJudge
 
@@ -62,12 +63,21 @@ def _lines(judge: PairwiseJudge, candidates: Iterable[Mapping]) -> Iterator[byte
         for request in requests:
             if request.key not in seen and judge.cache.is_open(request.key, request.read):
                 seen.add(request.key)
-                # If the server refuses the request, the result says which fields it was sent without.
-                name = "-".join([request.key, *sorted(fields.refused)])
+                name = _custom_id(request.key, fields.refused)
                 line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
                 with suppress(ImageProblem):  # the judge drops such pairs
                     line["body"] = fields.apply(request.body())
                     yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _custom_id(key: str, without: Collection[str]) -> str:
+    """
+    Name a request by its key and the fields that it is sent without, in at most 64 characters: Batch APIs allow no
+    more. If the server refuses the request, the result names these fields.
+    """
+    if not without:
+        return key
+    return ".".join([urlsafe_b64encode(bytes.fromhex(key)).decode(), *(field[0] for field in sorted(without))])
 
 
 def read_batch(cache: ReplyCache, paths: Iterable[str | os.PathLike]) -> dict[str, int]:
@@ -98,7 +108,9 @@ def _read_line(cache: ReplyCache, line: str) -> str:
     try:
         line.encode()  # fails if a byte is of another encoding
         result = json.loads(line)
-        key, *without = str(result["custom_id"]).split("-")
+        key, *initials = str(result["custom_id"]).split(".")
+        key = urlsafe_b64decode(key).hex() if initials else key
+        without = [name for name in FIELDS if name[0] in initials]
         row = _row(result)
     except CallError as error:
         failure = {"failed": error.kind, "status": error.status, "detail": error.detail, "without": without}
