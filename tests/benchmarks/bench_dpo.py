@@ -23,7 +23,6 @@ on this machine. The tokens of the prompt and of both answers count once, even i
 """
 
 import argparse
-import copy
 import gc
 import itertools
 import tempfile
@@ -143,8 +142,8 @@ def measure(setting: Setting, model: "torch.nn.Module", machine: Machine, repeat
     """Measure all variants in one setting and return their rows."""
     with tempfile.TemporaryDirectory() as cache:
         trainers = make_trainers(setting, model, cache)
-    first = [trainers[setting.variants[0]].train_dataset[number] for number in range(setting.batch_size)]
-    losses = {variant: evaluation_loss(trainer, copy.deepcopy(first)) for variant, trainer in trainers.items()}
+    first = {name: map(one.train_dataset.__getitem__, range(setting.batch_size)) for name, one in trainers.items()}
+    losses = {variant: evaluation_loss(trainer, list(first[variant])) for variant, trainer in trainers.items()}
     same = check_equal(losses, setting.shape.dtype)
     epochs = {variant: Epoch(trainer, setting.device) for variant, trainer in trainers.items()}
     for epoch in epochs.values():
