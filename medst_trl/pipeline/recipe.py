@@ -98,8 +98,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A [`Step`] whose settings are not merged yet: a stage, its section (or one item of it), and its round."""
+class _Entry:
+    """A stage to run, before its settings are merged: its section (or one item of it) and its round."""
 
     stage: Stage
     content: dict[str, Any]
@@ -115,7 +115,7 @@ class _Item:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The sections under which the command line can set its settings: the more specific, the later."""
+        """The sections under which the command line can set its settings, from the least to the most specific."""
         return (self.stage.name, self.section, self.label)
 
     @property
@@ -162,10 +162,10 @@ class Recipe:
     @property
     def labels(self) -> list[str]:
         """The sections, the items of those that are lists, and the rounds."""
-        in_rounds = [step for step in self._items if step.stage.repeats or step.stage.runs_in_rounds]
-        labels = [*self.sections, *(step.section for step in self._items)]
+        in_rounds = [entry for entry in self._entries if entry.stage.repeats or entry.stage.runs_in_rounds]
+        labels = [*self.sections, *(entry.section for entry in self._entries)]
         for number in range(1, (self.rounds or 0) + 1):
-            labels += [f"round_{number}", *(replace(step, round=number).label for step in in_rounds)]
+            labels += [f"round_{number}", *(replace(entry, round=number).label for entry in in_rounds)]
         return list(dict.fromkeys(labels))
 
     def steps(
@@ -186,7 +186,8 @@ class Recipe:
             UserError: for all unknown keys and invalid values in the recipe and on the command line, and all errors of
                 `check`, one per line.
         """
-        chosen = [step for step in self._all_items() if which in (None, *step.targets, f"round_{step.round}")]
+        entries = self._entries_in_order()
+        chosen = [entry for entry in entries if which in (None, *entry.targets, f"round_{entry.round}")]
         if not chosen:
             raise UserError(self._no_section(which))
         steps, problems = [], Problems()
@@ -195,16 +196,16 @@ class Recipe:
                 self._check_options(target)
         for key in self.shared | self._shared_options:
             with problems.collect():
-                self._check_shared_key(key, first=[step.stage.name for step in chosen])
-        for step in chosen:
+                self._check_shared_key(key, first=[entry.stage.name for entry in chosen])
+        for entry in chosen:
             with problems.collect():
-                steps.append(self._step(step, complete))
+                steps.append(self._merged_step(entry, complete))
                 check(steps[-1])
         problems.report()
         return steps
 
     def unused_options(self, steps: Sequence[Step]) -> Iterator[str]:
-        """Yield a note for each option for all stages (`--key`) that none of these steps take: it is for others."""
+        """Yield a note for each `--key` that none of these steps takes."""
         taken = set(RECIPE_KEYS).union(*(self._shared_keys(step.stage) for step in steps))
         for key in [key for key in self._shared_options if key not in taken]:
             by_name = [f"--{step.label}.{key}" for step in steps if key in self._keys(step.stage)]
@@ -213,31 +214,31 @@ class Recipe:
 
     # The settings of a step
 
-    def _step(self, step: _Item, complete: bool) -> Step:
-        where, stage = f"{self.path}, section {step.label}", step.stage
-        own = step.settings | self._section_options(*step.targets)
-        if step.round is not None and "output_dir" in own:
-            raise UserError(f"{where}: with rounds, output_dir is in the directory of the round. Remove it.")
+    def _merged_step(self, entry: _Entry, complete: bool) -> Step:
+        where, stage = f"{self.path}, section {entry.label}", entry.stage
+        own = entry.settings | self._section_options(*entry.targets)
+        if entry.round is not None and "output_dir" in own:
+            raise UserError(f"{where}: with rounds, a stage writes to the directory of its round. Remove output_dir.")
         for key in LAUNCH_KEYS:
             if key in own and not stage.distributed:
                 raise UserError(f"{where}: {stage.name} runs in a single process and takes no {key}.")
-        settings = self._merge(step)
+        settings = self._merge(entry)
         config = settings.pop("accelerate_config", None)
         number = as_count(settings.pop("num_processes", None), "num_processes", where)
         settings = convert(self._parser(stage.name), settings, where, complete)
-        return Step(stage, step.label, settings, where, config, number, frozenset(own))
+        return Step(stage, entry.label, settings, where, config, number, frozenset(own))
 
-    def _merge(self, step: _Item) -> dict[str, Any]:
-        """Merge the settings of a step, in the order in the docstring of this module."""
-        taken = self._shared_keys(step.stage) - {"output_dir"} | set(LAUNCH_KEYS if step.stage.distributed else ())
+    def _merge(self, entry: _Entry) -> dict[str, Any]:
+        """Merge the settings of an entry, in the order in the docstring of this module."""
+        taken = self._shared_keys(entry.stage) - {"output_dir"} | set(LAUNCH_KEYS if entry.stage.distributed else ())
         shared = {key: value for key, value in self.shared.items() if key in taken}
         options = {key: value for key, value in self._shared_options.items() if key in taken}
-        settings = {"output_dir": str(Path(self.output_dir, step.label))}
-        settings |= shared | step.settings | options | self._section_options(*step.targets)
-        settings = self._default_inputs(step, settings) | settings
-        if step.round is not None and step.stage.repeats:
-            settings |= self._round_inputs(step, settings) | self._section_options(step.label)
-        return {key: self._with_directories(value, step) for key, value in settings.items()}
+        settings = {"output_dir": str(Path(self.output_dir, entry.label))}
+        settings |= shared | entry.settings | options | self._section_options(*entry.targets)
+        settings = self._default_inputs(entry, settings) | settings
+        if entry.round is not None and entry.stage.repeats:
+            settings |= self._round_inputs(entry, settings) | self._section_options(entry.label)
+        return {key: self._with_directories(value, entry) for key, value in settings.items()}
 
     @property
     def _shared_options(self) -> dict[str, Any]:
@@ -248,64 +249,65 @@ class Recipe:
         """The options for these sections (`--section.key`); later sections win."""
         return {key: value for name in targets for key, value in self.options.get(name, {}).items()}
 
-    def _default_inputs(self, step: _Item, settings: Mapping[str, Any]) -> dict[str, str]:
+    def _default_inputs(self, entry: _Entry, settings: Mapping[str, Any]) -> dict[str, str]:
         """
         The default of each input: the output of the nearest earlier section that makes its kind. If that section is a
         list, the input has no default.
         """
         names, inputs = list(self.sections), {}
-        earlier = [STAGES.get(name) for name in reversed(names[: names.index(step.stage.name)])]
-        for item in step.stage.inputs:
-            if item.is_replaced(settings):
+        earlier = [STAGES.get(name) for name in reversed(names[: names.index(entry.stage.name)])]
+        for needed in entry.stage.inputs:
+            if needed.is_replaced(settings):
                 continue
-            if item.kind == RUN:
-                inputs[item.key] = self.output_dir
-            elif (made := item.find_default(earlier)) and "name" not in self.sections[made[0].name][0]:
-                inputs[item.key] = str(Path(self._directory_of(made[0].name, step), made[1].directory))
+            if needed.kind == RUN:
+                inputs[needed.key] = self.output_dir
+            elif (source := needed.find_default(earlier)) and "name" not in self.sections[source[0].name][0]:
+                inputs[needed.key] = str(Path(self._directory_of(source[0].name, entry), source[1].directory))
         return inputs
 
-    def _round_inputs(self, step: _Item, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _round_inputs(self, entry: _Entry, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that depend on the previous round: its policy, and the number of records used so far."""
-        inputs, where = {}, f"{self.path}, section {step.stage.name}"
+        inputs, where = {}, f"{self.path}, section {entry.stage.name}"
         stages = map(STAGES.get, self.sections)
         trained = next((stage.name for stage in stages if stage.repeats and stage.makes(MODEL)), None)
-        policy = next((item for item in step.stage.inputs if item.kind == MODEL and item.has_default), None)
-        if step.round > 1 and trained is not None and policy is not None:
-            inputs[policy.key] = str(self._directory_of_round(step.round - 1) / trained)
-            if policy.is_remote(settings) and policy.key not in self._section_options(step.label):
-                name = f"--round_2/{step.stage.name}"
+        policy = next((item for item in entry.stage.inputs if item.kind == MODEL and item.has_default), None)
+        if entry.round > 1 and trained is not None and policy is not None:
+            inputs[policy.key] = str(self._directory_of_round(entry.round - 1) / trained)
+            if policy.is_remote(settings) and policy.key not in self._section_options(entry.label):
+                name = f"--round_2/{entry.stage.name}"
                 raise UserError(
                     f"{where}: a server cannot switch to the policy of the previous round. Use engine: transformers, "
                     f"or run the rounds one by one with {name}.base_url and {name}.{policy.key}."
                 )
-        if step.stage.advances is not None and self.rounds > 1:
-            skipped, used = step.stage.advances
+        if entry.stage.advances is not None and self.rounds > 1:
+            skipped, used = entry.stage.advances
             size = settings.get(used)
             if not str(size).isdecimal():
                 raise UserError(f"{where}: each round uses different records. Set {used}, the number per round.")
-            inputs[skipped] = int(settings.get(skipped) or 0) + (step.round - 1) * int(size)
+            inputs[skipped] = int(settings.get(skipped) or 0) + (entry.round - 1) * int(size)
         return inputs
 
     # Directories
 
-    def _with_directories(self, value: Any, step: _Item) -> Any:
+    def _with_directories(self, value: Any, entry: _Entry) -> Any:
         """A setting in which each `{section}` is replaced by that section's directory."""
         if isinstance(value, list | tuple):
-            return type(value)(self._with_directories(item, step) for item in value)
+            return type(value)(self._with_directories(item, entry) for item in value)
         if not isinstance(value, str):
             return value
         sections = rf"\{{((?:{'|'.join(map(re.escape, STAGES))})(?:/[\w-]+)?|{RUN})\}}"
-        return re.sub(sections, lambda match: self._directory_of(match[1], step), value)
+        return re.sub(sections, lambda match: self._directory_of(match[1], entry), value)
 
-    def _directory_of(self, section: str, reader: _Item) -> str:
+    def _directory_of(self, section: str, reader: _Entry) -> str:
         """The directory of a section (or of one of its items) from which a step reads."""
         if section == RUN:
             return self.output_dir
-        found = next((step for step in self._items if step.section == section), None)
+        found = next((entry for entry in self._entries if entry.section == section), None)
         if found is None:
-            items = [f"{{{step.section}}}" for step in self._items if step.stage.name == section]
-            problem = f"is a list. Name one of its items: {', '.join(items)}." if items else self._no_section(section)
-            raise UserError(f"{self.path}, section {reader.label}: {{{section}}}{' ' if items else ': '}{problem}")
+            where = f"{self.path}, section {reader.label}: {{{section}}}"
+            if items := [f"{{{entry.section}}}" for entry in self._entries if entry.stage.name == section]:
+                raise UserError(f"{where} is a list. Name one of its items: {', '.join(items)}.")
+            raise UserError(f"{where}: {self._no_section(section)}")
         number = (reader.round or self.rounds) if found.stage.repeats else None
         own = found.settings | self._section_options(*found.targets)
         return str(own.get("output_dir") or Path(self._directory_of_round(number), section))
@@ -316,33 +318,33 @@ class Recipe:
     # The order of the steps
 
     @property
-    def _items(self) -> list[_Item]:
-        return [_Item(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
+    def _entries(self) -> list[_Entry]:
+        return [_Entry(STAGES.get(name), item) for name, items in self.sections.items() for item in items]
 
-    def _all_items(self) -> list[_Item]:
-        """All steps in their order: those before the rounds, the rounds, and those after the rounds."""
-        steps = self._items
+    def _entries_in_order(self) -> list[_Entry]:
+        """All entries in the order of their steps: those before the rounds, the rounds, and those after the rounds."""
+        entries = self._entries
         if self.rounds is None:
-            return steps
+            return entries
         order, repeats = list(STAGES), [stage.name for stage in STAGES.values() if stage.repeats]
-        repeated = [step for step in steps if step.stage.repeats or self._reads_a_round(step)]
+        repeated = [entry for entry in entries if entry.stage.repeats or self._reads_a_round(entry)]
         if not repeated:
             raise UserError(
                 f"{self.path}: `rounds` repeats {', '.join(repeats)}, but the recipe has a section for none of them."
             )
-        if any(step.stage.repeats and "name" in step.content for step in steps):
+        if any(entry.stage.repeats and "name" in entry.content for entry in entries):
             raise UserError(f"{self.path}: with rounds, {', '.join(repeats)} must be one section each, not lists.")
         later = order[order.index(repeats[-1]) + 1 :]
-        last = [step for step in steps if step.stage.name in later and not step.stage.runs_in_rounds]
-        first = [step for step in steps if step not in repeated and step not in last]
-        return [*first, *(replace(step, round=n) for n in range(1, self.rounds + 1) for step in repeated), *last]
+        last = [entry for entry in entries if entry.stage.name in later and not entry.stage.runs_in_rounds]
+        first = [entry for entry in entries if entry not in repeated and entry not in last]
+        return [*first, *(replace(entry, round=n) for n in range(1, self.rounds + 1) for entry in repeated), *last]
 
-    def _reads_a_round(self, step: _Item) -> bool:
+    def _reads_a_round(self, entry: _Entry) -> bool:
         """Whether a stage that runs in rounds reads what a round makes. Otherwise it runs once."""
-        if not step.stage.runs_in_rounds:
+        if not entry.stage.runs_in_rounds:
             return False
         directory = self._directory_of_round(1)
-        settings = self._merge(replace(step, round=1)) | {"output_dir": None}
+        settings = self._merge(replace(entry, round=1)) | {"output_dir": None}
         values = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
         return any(isinstance(value, str) and Path(value).is_relative_to(directory) for value in values)
 

@@ -447,7 +447,7 @@ def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
         (LOOP, ["--rounds", "two"], "not a number of rounds"),
         (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot switch"),
         (FULL, ["--rounds", "2"], "none of them"),
-        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove it"),
+        (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove output_dir"),
         (LOOP.replace("dpo: {beta: 0.2}", "dpo: [{name: a}, {name: b}]"), ["--rounds", "2"], "not lists"),
         (LOOP, ["--rounds", "2", "--round_3/dpo.beta", "1"], "no section 'round_3/dpo'"),
         (LOOP, ["--rounds", "2", "--round_1/evaluate.seed", "1"], "no section 'round_1/evaluate'"),  # a list
