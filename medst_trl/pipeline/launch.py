@@ -181,10 +181,10 @@ class Batch:
         """Examples per step."""
         return self.per_device * self.accumulation * self.processes
 
-    def text(self, examples: str) -> str:
+    def describe(self, noun: str) -> str:
         """Describe how a step is divided: `128 conversations per step: 8 x 4 processes x 4 accumulated`"""
         return (
-            f"{self.effective} {examples} per step: {self.per_device} x {number_of(self.processes, 'process')} x "
+            f"{self.effective} {noun} per step: {self.per_device} x {number_of(self.processes, 'process')} x "
             f"{self.accumulation} accumulated"
         )
 

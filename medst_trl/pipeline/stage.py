@@ -77,11 +77,11 @@ class Count:
         left = max(0, self.number - skipped)
         return replace(self, number=left if limit is None else min(left, limit))
 
-    def of(self, what: str) -> str:
+    def describe(self, noun: str) -> str:
         """The count in words: `at most 200 pairs`."""
         if self.number is None:
-            return f"all {what} of {self.depends_on}"
-        return f"{'at most ' if self.at_most else ''}{self.number:,} {what}"
+            return f"all {noun} of {self.depends_on}"
+        return f"{'at most ' if self.at_most else ''}{self.number:,} {noun}"
 
 
 class RowCounter(Protocol):

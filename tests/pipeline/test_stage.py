@@ -51,7 +51,7 @@ def main(args):
 
 
 def plan(counter, args):
-    yield "counts", f"{args.limit} of {counter.rows(args.pairs, 'train').of('pairs')}"
+    yield "counts", f"{args.limit} of {counter.rows(args.pairs, 'train').describe('pairs')}"
 
 
 STAGE = STAGES.register(

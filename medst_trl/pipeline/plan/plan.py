@@ -161,9 +161,9 @@ class _Plan:
                 memory = _memory(policy, arguments, batch, hardware)
         if hasattr(training, "beta"):
             yield "loss", f"{' + '.join(training.loss_type)}, beta {training.beta:g}"
-        yield "batch", batch.text(step.stage.trains)
+        yield "batch", batch.describe(step.stage.trains)
         examples = training_examples(args, self.steps, training.seed)
-        yield "data", examples.of(step.stage.trains)
+        yield "data", examples.describe(step.stage.trains)
         _, steps = schedule(examples, batch, training.num_train_epochs, training.max_steps)
         yield "steps", f"{steps}; {training.lr_scheduler_type.value}, warmup_steps {training.warmup_steps:g}"
         yield from memory

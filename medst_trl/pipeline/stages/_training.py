@@ -284,7 +284,7 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
             print("No checkpoint is used. Training starts at the first step.")
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
-        trainer.accelerator.print(f"Training {parameters} parameters, {batch.text(stage.trains)}.")
+        trainer.accelerator.print(f"Training {parameters} parameters, {batch.describe(stage.trains)}.")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.accelerator.wait_for_everyone()
         save_result(trainer)

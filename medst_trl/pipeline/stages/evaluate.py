@@ -280,7 +280,7 @@ def plan(counter: RowCounter, args: EvaluateArguments, *settings: Any) -> Iterat
     again = f", each again for {' and '.join(args.controls)}" if args.controls else ""
     for name in args.benchmark:
         count = _count_questions(name, args.split).capped(args.max_records)
-        yield "answers", f"{name}: {'its questions' if count.number is None else count.of('questions')}{again}"
+        yield "answers", f"{name}: {'its questions' if count.number is None else count.describe('questions')}{again}"
 
 
 def _count_questions(benchmark: str, split: str) -> Count:

@@ -309,8 +309,8 @@ def images_to_ask_about(settings: Mapping[str, Any], counter: RowCounter) -> Cou
 def plan(counter: RowCounter, args: GenerateArguments, *engine_settings: Any) -> Iterator[tuple[str, str]]:
     """Return the stage's rows in a plan."""
     images = images_to_ask_about(vars(args), counter)
-    yield "prompts", f"{images.of('images')}, {args.num_questions} x a question and {args.num_answers} answers"
-    yield "writes", counter.rows(str(Path(args.output_dir, "candidates")), "train").of("candidates")
+    yield "prompts", f"{images.describe('images')}, {args.num_questions} x a question and {args.num_answers} answers"
+    yield "writes", counter.rows(str(Path(args.output_dir, "candidates")), "train").describe("candidates")
 
 
 STAGE = Stage(

@@ -336,7 +336,7 @@ def plan(counter: RowCounter, args: PrepareArguments, *others: Any) -> Iterator[
     if source.count is not None:
         splits = [("instruct", "train"), ("instruct", "validation"), ("images", "train"), ("benchmark", "test")]
         counts = {f"{kind}/{split}": counter.rows(str(Path(args.output_dir, kind)), split) for kind, split in splits}
-        if known := [count.of(f"rows of {name}") for name, count in counts.items() if count.number]:
+        if known := [count.describe(f"rows of {name}") for name, count in counts.items() if count.number]:
             yield "writes", ", ".join(known)
 
 

@@ -204,7 +204,7 @@ def test_accumulation_follows_from_the_arguments_of_a_stage():
     assert Batch.of(SimpleNamespace(effective_batch_size=None), training_args, 4).accumulation == 1
     batch = Batch.of(SimpleNamespace(effective_batch_size=128), training_args, 4)
     assert batch.accumulation == 4
-    assert batch.text("pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated"
+    assert batch.describe("pairs") == "128 pairs per step: 8 x 4 processes x 4 accumulated"
     training_args.gradient_accumulation_steps = 4
     with pytest.raises(UserError, match="Remove gradient_accumulation_steps"):
         Batch.of(SimpleNamespace(effective_batch_size=128), training_args, 4)
