@@ -213,7 +213,7 @@ class StageRecord:
             directory.mkdir(parents=True, exist_ok=True)
             decision, lock = "start", _lock(directory)
             if old is not None:
-                _empty(directory)
+                _delete_results(directory)
         else:
             _refuse_changes(stage, directory, old, new, {*free, *inputs})
             versions, earlier = new["versions"], old["versions"]
@@ -268,8 +268,8 @@ def changes_of(stage: Stage, args: Any, *others: Any) -> list[str]:
     return list(_changed_settings(stage, old["settings"], hide_secrets(_plain(settings)), {*free, *old["inputs"]}))
 
 
-def is_left_out(path: str | os.PathLike, kind: str) -> bool:
-    """Whether a directory is an output of this kind that a finished stage did not make: it had no data for it."""
+def was_skipped_as_empty(path: str | os.PathLike, kind: str) -> bool:
+    """Whether a path is an output of this kind that a finished stage did not write because it had no data for it."""
     path = Path(path)
     stage = read_record(path.parent).get("stage")
     output = STAGES.get(stage).output(path.name) if stage in STAGES and is_complete(path.parent) else None
@@ -375,7 +375,7 @@ def _changed_inputs(old: dict[str, list[dict]], new: dict[str, list[dict]]) -> I
             yield f"input {name}: {shown[0]} before, {shown[1]} now"
 
 
-def _empty(directory: Path) -> None:
+def _delete_results(directory: Path) -> None:
     if nested := [path for path in directory.rglob(RECORD_FILE) if path.parent != directory]:
         raise UserError(
             f"--overwrite would also delete {nested[0].parent}, which is the output of another stage. Nothing was "

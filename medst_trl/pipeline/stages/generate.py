@@ -43,7 +43,7 @@ from medst_trl.data.source import list_reasons
 from medst_trl.engines.calls import NOT_SHARED
 from medst_trl.engines.engine import DEFAULT_ENGINE, ENGINES, Sampling, loads_model
 from medst_trl.hub import HubArguments
-from medst_trl.pipeline.record import StageRecord, is_left_out
+from medst_trl.pipeline.record import StageRecord, was_skipped_as_empty
 from medst_trl.pipeline.stage import MODEL, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.candidates import CandidateGenerator
 from medst_trl.selftrain.filters import QuestionFilter
@@ -209,7 +209,7 @@ def make_generator(args: GenerateArguments, engine: Any) -> CandidateGenerator:
 def _find_images(images: str) -> str:
     """Return the directory to read: `instruct/` if a finished stage did not make `images/`."""
     instruct = Path(images).with_name("instruct")
-    if not (is_left_out(images, "images") and instruct.is_dir()):
+    if not (was_skipped_as_empty(images, "images") and instruct.is_dir()):
         return images
     if rank() == 0:
         print(f"generate: {images} does not exist. Using the images of {instruct} (not its messages).")

@@ -46,7 +46,7 @@ from medst_trl.data.schema import features_of, with_stored_images, write_split
 from medst_trl.engines.calls import CALL_SETTINGS
 from medst_trl.hub import HubArguments
 from medst_trl.pipeline.lineage import read_inventory
-from medst_trl.pipeline.record import StageRecord, is_left_out
+from medst_trl.pipeline.record import StageRecord, was_skipped_as_empty
 from medst_trl.pipeline.stage import FILE, STAGES, Count, Input, Output, RowCounter, Stage
 from medst_trl.selftrain.judge.judge import JUDGE_PROMPTS, LOCAL_JUDGES, JudgeSettings, LocalJudge, chosen_judge
 from medst_trl.selftrain.judge.statistics import format_statistics, judge_statistics, nothing_left, warnings_of
@@ -145,7 +145,8 @@ def main(args: JudgeArguments, *judges: LocalJudge) -> None:
     from medst_trl.selftrain.judge.batch_api import read_batch
 
     check(args, *judges)
-    for name in [name for name in args.benchmarks if is_left_out(name, "benchmark")]:  # recipes name it by default
+    # Recipes name a benchmark by default.
+    for name in [name for name in args.benchmarks if was_skipped_as_empty(name, "benchmark")]:
         print(f"judge: {Path(name).parent} was prepared without a benchmark, so it excludes no images.")
         args.benchmarks.remove(name)
     candidates = with_stored_images(load_records(args.candidates, args.split, "candidates"))
