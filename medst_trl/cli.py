@@ -181,10 +181,11 @@ def _read_command(command: str, argv: Sequence[str]) -> tuple[str, str | None, O
 
 
 def _check(step: Step) -> None:
-    """Refuse before the first stage starts what a later one would refuse."""
+    """Check a step before the first stage starts, so that no later stage fails on its settings."""
     from medst_trl.pipeline.plan.steps import missing_packages, stage_arguments
 
-    if not step.stage.trains:  # TrainingArguments takes a GPU, and sets variables that launchers would inherit
+    # Creating TrainingArguments initializes a GPU and sets environment variables that the launchers would inherit.
+    if not step.stage.trains:
         stage_arguments(step)
     elif missing := missing_packages(step):
         raise UserError("\n".join(missing))
@@ -201,7 +202,10 @@ def _confirm_overwrite(steps: Sequence[Step]) -> None:
 
 
 def _command(path: str, step: Step, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command that runs a step in its own process, and its environment. The last --stage counts."""
+    """
+    The command that runs a step in its own process, and its environment. Ours comes after the user's --stage, and the
+    last one wins.
+    """
     program = ["medst_trl", path, *options, "--stage", step.label]
     if step.stage.distributed:
         return launch.launch_command(program, step.accelerate_config, step.num_processes)
@@ -264,8 +268,9 @@ def _check_launch(steps: Sequence[Step], path: str) -> None:
     if has_group and (len(steps) > 1 or (world_size() > 1 and not steps[0].stage.distributed)):
         labels = ", ".join(step.label for step in steps)
         raise UserError(
-            f"{path}: a launch runs one stage that can use several processes, and this one is for {labels}. Name one "
-            f"with --stage. `medst run {path}` runs all of them, each in its own launch or process."
+            f"{path}: a launcher can run only one stage, and with several processes only one that supports them. "
+            f"This command selects {labels}. Select one such stage with --stage, or use `medst run {path}`, which "
+            "starts each stage in a launcher or process of its own."
         )
 
 

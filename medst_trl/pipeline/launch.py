@@ -4,10 +4,10 @@
 Run stages on several processes: start them under `accelerate launch`, divide the examples of a step among them, and
 check the launcher of this process.
 
-`accelerate launch` (1.15) silently ignores some of its options. It starts one process, whatever `--num_processes` is,
-unless the configuration is for several GPUs, DeepSpeed or FSDP: with `--cpu`, with a configuration of kind `NO` or
-`MULTI_CPU`, and by default on a machine with fewer than two GPUs. Several processes on CPUs run without DeepSpeed or
-FSDP. Training would run to its end on the wrong number of processes. [`check_launched`] detects both.
+`accelerate launch` (1.15) silently ignores some of its options. With `--cpu`, with a configuration of kind `NO` or
+`MULTI_CPU`, and by default on a machine with fewer than two GPUs, it ignores `--num_processes` and starts one process.
+With several processes on CPUs, it ignores DeepSpeed and FSDP. Training would run to its end on the wrong setup.
+[`check_launched`] detects both cases.
 """
 
 import importlib.util
@@ -128,7 +128,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-# The examples of an optimizer step: what is learned depends on their number alone
+# How the examples of an optimizer step are divided among processes
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Batch:
     @classmethod
     def of(cls, args: Any, training_args: Any, processes: int) -> "Batch":
         """
-        The batch of a training stage on a number of processes.
+        Compute the batch of a training stage on a number of processes.
 
         Args:
             args ([`TrainingStageArguments`]): Its arguments. If `effective_batch_size` is set, accumulation follows.
@@ -215,7 +215,7 @@ def launch_command(
         raise UserError(f'accelerate_config {hardware.config} needs DeepSpeed: pip install "medst_trl[deepspeed]"')
     environment, options = dict(os.environ), ["--num_processes", str(processes)]
     if hardware.kind == NOT_DISTRIBUTED:
-        environment.pop("MASTER_PORT", None)  # of another program; see `check_launched`
+        environment.pop("MASTER_PORT", None)  # may be left over from another program; see `check_launched`
     elif not (hardware.on_gpu and gpu_count()):
         environment |= _on_cpus(hardware)
         options += ["--mixed_precision", "no"]
@@ -285,11 +285,11 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for number in stop_signals():  # the stage has received it too, and may be saving its work
+    for number in stop_signals():  # ignore the signal: the stage has received it too, and may be saving its work
         signal.signal(number, lambda *_: None)
     try:
         accelerate_launch(launch_command_parser().parse_args())
-    except SignalException as error:  # of several processes, which have ended
+    except SignalException as error:  # raised after all of several processes have ended
         sys.exit(_exit_code(-error.sigval))
     except subprocess.CalledProcessError as error:
         sys.exit(_exit_code(error.returncode))
@@ -311,7 +311,7 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
     """
     Compare the requested launcher with the launcher of this process.
 
-    Otherwise, training would run to its end on one process instead of eight, or without ZeRO.
+    Without this check, training could run to its end on one process instead of eight, or without ZeRO.
 
     Raises:
         UserError: if they differ, or if accelerate has ignored one of its own options.
@@ -320,8 +320,8 @@ def check_launched(config: str | None, num_processes: int | None, where: str) ->
     is_alone = is_launched() and "WORLD_SIZE" not in os.environ
     if is_alone and "MASTER_PORT" in os.environ and all(os.environ.get(name, "1") == "1" for name in _MPI_SIZES):
         raise UserError(
-            f"{where}: several processes were requested, but accelerate has started one. Use accelerate launch "
-            "--multi_gpu, without GPUs with ACCELERATE_USE_CPU=true. If you want one process, unset MASTER_PORT."
+            f"{where}: several processes were requested, but accelerate has started one. On GPUs, use `accelerate "
+            "launch --multi_gpu`. On CPUs, set ACCELERATE_USE_CPU=true. If you want one process, unset MASTER_PORT."
         )
     on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes", "y", "on")
     if on_cpus and launched_kind().startswith(("DeepSpeed", "FSDP")):

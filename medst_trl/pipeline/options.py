@@ -35,7 +35,7 @@ def read_options(argv: Sequence[str]) -> tuple[list[str], Options]:
             `recipe [recipe ...] [--key value] [--key=value] [--flag] [--section.key value] [section.key=value]`
 
     Returns:
-        The words before the first option, and the options. If one is repeated, the last counts.
+        The words before the first option, and the options. If one is repeated, the last one wins.
 
     Raises:
         UserError: for a secret, which other users of the machine could read.
@@ -80,9 +80,11 @@ def refuse_secrets(keys: Iterable[str]) -> None:
 
 def as_count(value: Any, key: str, where: str) -> int | None:
     """Convert a number of at least 1 (such as `num_processes`), or None."""
-    if value is None or (str(value).isdecimal() and int(value) > 0):
-        return value if value is None else int(value)
-    raise UserError(f"{where}: {key}: {value!r} is not a number of {key.removeprefix('num_')}.")
+    if value is None:
+        return None
+    if str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    raise UserError(f"{where}: {key} is {value!r}. It must be a whole number of at least 1.")
 
 
 # Settings of one stage

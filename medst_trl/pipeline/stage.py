@@ -85,7 +85,7 @@ class Count:
 
 
 class RowCounter(Protocol):
-    """Counts the rows of datasets, also of those that an earlier step will make."""
+    """Counts the rows of datasets, including those that an earlier step will make."""
 
     def rows(self, directory: str, split: str) -> Count:
         """The number of rows in a split of a dataset, on disk or made by an earlier step."""
@@ -238,15 +238,15 @@ class Stage:
         outputs (`tuple` of [`Output`]):
             What it makes.
         operational (`frozenset` of `str`):
-            Settings that do not affect the result, so that a resumed run may change them; `*` stands for any text.
+            Settings that do not affect the result, so that a resumed run may change them; `*` matches any text.
             If more depend on other settings, the first dataclass names them in a property `operational`.
         not_shared (`frozenset` of `str`):
-            Settings that a recipe gives only in the section of the stage, or as `--STAGE.key` on the command line. Its
-            shared settings and `--key` do not reach them.
+            Settings that must be set in the stage's section or as `--STAGE.key`. Shared settings and `--key` do not
+            set them.
         registries (`Mapping` of [`Registry`]):
             Settings whose value is a name in a registry. The help lists the names, and other values are refused.
         earlier_defaults (`Mapping`):
-            Values of settings that records of earlier versions lack, if these are not the defaults of today.
+            Values to assume for settings that records of earlier versions lack, if they differ from today's defaults.
     """
 
     name: str
@@ -372,7 +372,9 @@ def _in_pipeline_order(stages: Sequence[Stage]) -> list[Stage]:
         stage = next((stage for stage in waiting if set(stage.after) <= set(placed)), None)
         if stage is None:
             names = ", ".join(f"{stage.name} (after {', '.join(stage.after)})" for stage in waiting)
-            raise UserError(f"These stages come after each other, or after unknown ones: {names}.")
+            raise UserError(
+                f"Stages have a circular order, or name an unknown stage in `after`: {names}. Correct `after`."
+            )
         ordered.insert(max((placed.index(name) + 1 for name in stage.after), default=0), stage)
         waiting.remove(stage)
     return ordered

@@ -66,7 +66,7 @@ def test_the_error_for_one_process_instead_of_two_names_what_works(directory):
     process = run(directory, f"accelerate launch --cpu {rest}")
     assert process.returncode != 0 and not is_complete(directory)
     assert "several processes were requested, but accelerate has started one" in process.stderr
-    assert "Use accelerate launch --multi_gpu, without GPUs with ACCELERATE_USE_CPU=true." in process.stderr
+    assert "On GPUs, use `accelerate launch --multi_gpu`. On CPUs, set ACCELERATE_USE_CPU=true." in process.stderr
     process = run(directory, f"accelerate launch --multi_gpu --main_process_port 0 {rest}", ACCELERATE_USE_CPU="true")
     assert process.returncode == 0 and is_complete(directory), process.stderr
 

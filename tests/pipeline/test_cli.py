@@ -587,7 +587,7 @@ def test_several_stages_in_one_launch_are_refused(recipe, launcher, monkeypatch,
     run_recipe(["mine.yaml"])
     assert ran == ["sft", "dpo", "merge"]
     launcher(**variables)
-    with pytest.raises(UserError, match=r"is for sft, dpo, merge. Name one with --stage. `medst run mine.yaml`"):
+    with pytest.raises(UserError, match=r"selects sft, dpo, merge. .* --stage, or use `medst run mine.yaml`"):
         run_recipe(["mine.yaml"])
     run_recipe(["mine.yaml", "--stage", "dpo"])
     assert ran[3:] == ["dpo"]
@@ -614,7 +614,7 @@ def test_a_recipe_is_executable(recipe, tmp_path):
 
 def test_a_stage_for_one_process_is_refused_in_a_launch_of_several(recipe, launcher):
     launcher(WORLD_SIZE=2)
-    with pytest.raises(UserError, match="one stage that can use several processes, and this one is for prepare."):
+    with pytest.raises(UserError, match="only one that supports them. This command selects prepare\\."):
         run_recipe(["mine.yaml", "--stage", "prepare"])
 
 

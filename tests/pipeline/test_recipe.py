@@ -220,7 +220,7 @@ def test_env_sets_environment_variables(tmp_path, monkeypatch):
         ("prepare: {source: phantom}", [], "source: Unknown source 'phantom'. Did you mean 'phantoms'"),
         ("prepare: {seed: 1}", [], "section prepare: source must be set"),
         ("prepare: {source: phantoms, accelerate_config: zero2}", [], "single process"),
-        ("sft: {num_processes: some}", [], "not a number of processes"),
+        ("sft: {num_processes: some}", [], "num_processes is 'some'. It must be a whole number of at least 1"),
         ("seed: 1", [], "needs a section"),
         (
             "base:",
@@ -444,7 +444,7 @@ def test_steps_of_rounds_can_be_selected_and_configured(tmp_path):
     ("text", "words", "message"),
     [
         (LOOP.replace("max_records: 100", ""), ["--rounds", "2"], "max_records"),
-        (LOOP, ["--rounds", "two"], "not a number of rounds"),
+        (LOOP, ["--rounds", "two"], "rounds is 'two'. It must be a whole number of at least 1"),
         (LOOP, ["--rounds", "2", "--generate.engine", "server"], "a server cannot switch"),
         (FULL, ["--rounds", "2"], "none of them"),
         (LOOP, ["--rounds", "2", "--dpo.output_dir", "x"], "Remove output_dir"),
