@@ -67,7 +67,7 @@ class StageRecord:
     Attributes:
         decision (`str`):
             `"start"`: there is no earlier run. `"resume"`: an earlier run with the same settings was interrupted.
-            `"skip"`: an earlier run with the same settings is complete, return.
+            `"skip"`: an earlier run with the same settings is complete; the caller returns.
         output_dir (`pathlib.Path`):
             The stage's directory.
         content (`dict`):
@@ -345,7 +345,10 @@ def _chosen_objects(stage: Stage, args: Any) -> list[Any]:
 
 
 def _used_settings(stage: Stage, chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Return the settings of the chosen objects, and those of no object, but a local judge only if it is chosen."""
+    """
+    Return the settings of the chosen objects, and those that belong to no registered object. Settings of a local judge
+    count only if it is chosen.
+    """
     owned = {getattr(item, "settings", None) for registry in stage.registries.values() for item in registry.values()}
     used = [settings_among(others, getattr(item, "settings", None)) for item in chosen]
     used += [item for item in others if type(item) not in owned]

@@ -198,7 +198,7 @@ class TrainingStageArguments(ABC):
     @abstractmethod
     def summarize(self, trainer: "Trainer", records: int) -> tuple[dict[str, Any], dict[str, float], str]:
         """
-        Return counts and metrics of a finished run for `stage.json`, and a summary for readers. It is called on every
+        Return counts and metrics of a finished run for `stage.json`, and a sentence to print. It is called on every
         rank, with the number of records.
         """
 
@@ -252,7 +252,7 @@ def training_stage(arguments: type, config: str, settings: type, kind: str, **mo
 
 def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "TrainingArguments") -> None:
     """
-    Train, from the newest complete checkpoint if there is one, and leave adapter, processor, record and card.
+    Train, from the newest complete checkpoint if there is one, and write the adapter, processor, record and card.
 
     Args:
         stage ([`Stage`]):
@@ -278,9 +278,10 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
     if record.decision == "skip":
         return
     with record:
-        state, given = training_args.distributed_state, training_args.resume_from_checkpoint
-        checkpoint = resume_checkpoint(training_args.output_dir, state, given)
-        if record.decision == "resume" and checkpoint is None and state.is_main_process:
+        checkpoint = resume_checkpoint(
+            training_args.output_dir, training_args.distributed_state, training_args.resume_from_checkpoint
+        )
+        if record.decision == "resume" and checkpoint is None and training_args.distributed_state.is_main_process:
             print("No checkpoint is used. Training starts at the first step.")
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
@@ -349,7 +350,7 @@ def load_splits(args: Any, training_args: "TrainingArguments", kind: str) -> "di
 def _load(names: Sequence[str], split: str, kind: str, is_required: bool = True) -> "list[Dataset]":
     """
     One split of one or several datasets, with the same columns. An id that an earlier dataset has taken gets the
-    number of its dataset as a suffix (`17@2`), because `<vusr>` turns are drawn by id and `rejected.jsonl` lists ids.
+    number of its dataset as a suffix (`17@2`): `<vusr>` turns are sampled by id, and `rejected.jsonl` lists ids.
     """
     datasets, problems = [], Problems()
     for name in names:
@@ -387,8 +388,9 @@ def save_result(trainer: "Trainer") -> None:
 def describe_run(trainer: "PolicyTrainer", examples: str, counts: dict[str, Any]) -> str:
     """Describe what a finished run trained on and what it rejected, from the counts for `stage.json`."""
     rejected = "".join(f", {count} rejected as {reason}" for reason, count in counts["set_aside"].items())
-    if of_evaluation := sum(u.rejected.total() for name, u in trainer.usable.items() if name != "train"):
-        rejected += f", {of_evaluation} for evaluation rejected"
+    evaluation = [usable for name, usable in trainer.usable.items() if name != "train"]
+    if rejected_for_evaluation := sum(usable.rejected.total() for usable in evaluation):
+        rejected += f", {rejected_for_evaluation} rejected from the evaluation data"
     rejected += " (rejected.jsonl)" if rejected else ""
     truncated = f", {counts['truncated']} truncated at max_length" if counts["truncated"] else ""
     steps = number_of(trainer.state.global_step, "step")
@@ -405,7 +407,7 @@ def new_adapter(
     A new adapter with the settings of `args`; `None` if the model has one or trains in full.
 
     Raises:
-        UserError: for an adapter if all weights would have to train.
+        UserError: if `use_lora` is false and the model is an adapter.
     """
     from medst_trl.policy.adapters import adapter_config
 

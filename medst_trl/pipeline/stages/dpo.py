@@ -55,8 +55,8 @@ _LAST_PART = 0.2  # of the logged steps, averaged to describe the end of trainin
 @dataclass
 class DpoArguments(TrainingStageArguments):
     """
-    Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]. They make the trainer and
-    summarize its run.
+    Arguments of `medst dpo` besides the training arguments of [`MultimodalDPOConfig`]. The class also makes the
+    trainer and summarizes its run.
 
     Args:
         train_vision (`bool`, *optional*, defaults to `True`):
@@ -126,8 +126,11 @@ def _reference_directory(datasets: Sequence[str], training_args: "MultimodalDPOC
     beside, own = Path(datasets[0], REFERENCE_FOLDER), Path(training_args.output_dir, REFERENCE_FOLDER)
     writable = beside.parent.is_dir() and os.access(beside if beside.exists() else beside.parent, os.W_OK)
     directory = Path(training_args.ref_log_probs_dir or (beside if writable and len(datasets) == 1 else own))
-    for name in datasets if rank() == 0 else ():  # the main process reads the cache for all
-        for path in Path(name, REFERENCE_FOLDER).glob("*.jsonl") if Path(name).exists() else _downloaded(name):
+    if rank() != 0:  # the main process copies the files for all
+        return str(directory)
+    for name in datasets:
+        is_local = Path(name).exists()
+        for path in Path(name, REFERENCE_FOLDER).glob("*.jsonl") if is_local else _downloaded(name):
             if not (directory / path.name).exists():
                 directory.mkdir(parents=True, exist_ok=True)
                 with atomic_path(directory / path.name) as temporary:
@@ -144,7 +147,10 @@ def _downloaded(hub_id: str) -> Iterable[Path]:
     try:
         found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
     except OSError as error:
-        print(f"dpo: the reference's log-probabilities of {hub_id} cannot be downloaded: {str(error).splitlines()[0]}")
+        print(
+            f"dpo: the reference's log-probabilities of {hub_id} cannot be downloaded and are computed instead: "
+            f"{str(error).splitlines()[0]}"
+        )
         return ()
     return Path(found).glob(files)
 

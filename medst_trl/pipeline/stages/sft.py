@@ -17,8 +17,9 @@ medst sft \
 
 Input: a dataset with columns `id`, `images`, `messages` (see `medst prepare`), and a vision-language model or an
 adapter. Output in `output_dir`: an adapter (`adapter_model.safetensors`: LoRA of the language model and the vision
-tower, projector, `<vusr>` row) with its processor and chat template, checkpoints, and `rejected.jsonl` if records did
-not fit. Load the adapter with `medst_trl.load_policy`. An interrupted run resumes from the newest complete checkpoint.
+tower, projector, `<vusr>` row) with its processor and chat template, checkpoints, and `rejected.jsonl` if records
+could not be used. Load the adapter with `medst_trl.load_policy`. An interrupted run resumes from the newest complete
+checkpoint.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 @dataclass
 class SftArguments(TrainingStageArguments):
     """
-    Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`]. They make the trainer and
-    summarize its run.
+    Arguments of `medst sft` besides the training arguments of [`SelfQuestioningConfig`]. The class also makes
+    the trainer and summarizes its run.
 
     Args:
         lora_dropout (`float`, *optional*, defaults to `0.05`):

@@ -227,7 +227,7 @@ def test_a_pair_with_a_broken_image_is_listed_as_rejected(inputs, tmp_path, caps
     assert record["counts"]["set_aside"] == {"unreadable_image": 1} and record["counts"]["steps"] == 3
     rejected = [json.loads(line)["id"] for line in (tmp_path / "dpo" / "rejected.jsonl").read_text().splitlines()]
     assert rejected == ["p3", "eval/p3"]
-    assert "1 for evaluation rejected" in capsys.readouterr().out
+    assert "1 rejected from the evaluation data" in capsys.readouterr().out
 
 
 def test_all_weights_of_an_adapter_cannot_be_trained(inputs, tmp_path):
