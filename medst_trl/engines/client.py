@@ -53,10 +53,11 @@ class Client:
         budget (`Budget`, *optional*):
             What may be spent. By default there is no limit.
         offline (`bool`, *optional*, defaults to `False`):
-            Make no calls: the outcome of what the cache lacks is the last failure in it, or `request_failed`.
+            Make no calls. A request without a cached reply fails with its last error in the cache, or with
+            `request_failed`.
         advice (`Mapping[str, str]`, *optional*):
-            Messages that replace [`NEXT_STEPS`]. Refusals of single calls (`"content_filter"`, `"bad_request"`)
-            stop the run only if they have one and every call meets them.
+            Messages that replace [`NEXT_STEPS`]. Refusals (`"content_filter"`, `"bad_request"`) stop the run only if
+            they have a message here and every call is refused.
         setting (`str`, *optional*, defaults to `"model"`):
             Name of the setting that names the model, for messages.
         http_client (`httpx2.AsyncClient`, *optional*):
@@ -87,14 +88,13 @@ class Client:
         self.events: Counter[str] = Counter()
         self.stop_error: UserError | None = None
         self._stopping = asyncio.Event()  # no further call is made
-        self._is_stopping = self._stopping.is_set
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task] = set()  # of the calls in flight
         self._fields = AcceptedFields()
         self._failed: dict[str, Outcome] = {}  # of calls without a reading in this run, by their key
         self._has_answered = False
         self.has_read = False
-        self._in_a_row: Counter[str] = Counter()
+        self._consecutive_failures: Counter[str] = Counter()
         self._secret = "none" if self.offline else api_key(self.settings.key_variable, self.base_url)
         self._openai = AsyncOpenAI(
             api_key=self._secret, base_url=self.base_url, timeout=self.settings.timeout, max_retries=0,
@@ -126,7 +126,7 @@ class Client:
         self,
         first: Iterable[Call],
         then: Callable[[Call, Outcome], Iterable[Call]] = lambda call, outcome: (),
-        at_once: int | None = None,
+        max_in_flight: int | None = None,
     ) -> Iterator[tuple[Call, Outcome]]:
         """
         Make calls, and those that follow from their outcomes.
@@ -139,8 +139,9 @@ class Client:
                 The first calls. Consumed lazily, as soon as another call can start.
             then (`Callable`, *optional*):
                 Maps a call and its outcome to further calls.
-            at_once (`int`, *optional*):
-                Number of calls that are started or wait for a retry. Defaults to the client's concurrency.
+            max_in_flight (`int`, *optional*):
+                Maximum number of calls in flight, including those that wait for a retry. Defaults to the client's
+                concurrency.
 
         Yields:
             `tuple[Call, Outcome]`: each call with its outcome, in any order.
@@ -148,11 +149,12 @@ class Client:
         Raises:
             UserError: if the run has to stop, after the outcomes of all calls in flight.
         """
-        at_once, first = at_once or self.settings.concurrency, iter(first)
+        first = iter(first)
+        limit = max_in_flight or self.settings.concurrency
         in_flight: dict[Future, Call] = {}
         with self.open_portal() as portal:
             while True:
-                while len(in_flight) < at_once and not self._is_stopping() and (call := next(first, None)) is not None:
+                while len(in_flight) < limit and not self._is_stopping() and (call := next(first, None)) is not None:
                     in_flight[portal.start_task_soon(self.ask, call)] = call
                 if not in_flight:
                     break
@@ -199,23 +201,25 @@ class Client:
         if not self.offline:
             return self._failed.get(call.key)
         error = failures[-1][0] if failures else CallError("request_failed", "not in these files")
-        return Outcome(None, "unparsable" if attempts else error.reason, attempts, True, error.detail, error)
+        reason = "unparsable" if attempts else error.reason
+        return Outcome(None, reason, attempts, cached=True, detail=error.detail, error=error)
 
     async def _ask(self, call: Call) -> Outcome:
         """Return the outcome of a call, which is repeated a few times if its reply cannot be read."""
         attempts = self.cache.attempts(call.key)
-        attempts = attempts[len(attempts) - len(attempts) % (RE_ASKS + 1) :]  # of an interrupted run
+        unfinished = len(attempts) % (RE_ASKS + 1)  # replies of a series of re-asks that was interrupted
+        attempts = attempts[len(attempts) - unfinished :]
         while len(attempts) <= RE_ASKS:
             try:
                 attempts.append({"key": call.key} | await self._call_until_answered(call, attempts))
             except CallError as error:
-                return Outcome(None, error.reason, attempts, False, error.detail, error)
+                return Outcome(None, error.reason, attempts, cached=False, detail=error.detail, error=error)
             if call.key is not None:
                 self.cache.add(attempts[-1])
             if (reading := call.read(attempts[-1]["reply"])) is not None:
                 self.has_read = True
                 return Outcome(reading, None, attempts, cached=False)
-        self._gave_up(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
+        self._count_failure(CallError("unparsable", clean_message(attempts[-1]["reply"][:100], self._secret)))
         return Outcome(None, "unparsable", attempts, cached=False)
 
     async def _call_until_answered(self, call: Call, attempts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -258,7 +262,7 @@ class Client:
                 self._stop(self.next_step(error, await self._offered_models() if error.kind == "model" else ""))
             raise Stopped from None
         if error.action == "drop" or attempt >= self.settings.max_retries:
-            self._gave_up(error)
+            self._count_failure(error)
             raise error
         if (error.retry_after or 0) > LONGEST_RETRY_AFTER:
             self._stop(
@@ -271,22 +275,29 @@ class Client:
         """Make one HTTP call inside a slot, within the budget. Its cost is kept, so that later runs know it."""
         reserved = self.budget.prices.cost_of(at_most)
         await self._reserve(reserved)
-        row, lost, tokens = None, "cancelled", at_most  # if it is cancelled, the server may have been at work
+        row, lost = None, "cancelled"
+        charged = at_most  # if the call is cancelled, the server may have been at work
         try:
             row = await self._send(call, body)
-            tokens = row = row if row["usage"] else row | at_most
+            if not row["usage"]:
+                row = row | at_most
+            charged = row
         except CallError as error:
-            lost, tokens = error.kind, {"usage": error.usage} if error.usage else at_most if error.charged else {}
+            lost = error.kind
+            if error.usage:
+                charged = {"usage": error.usage}
+            elif not error.charged:
+                charged = {}
             raise
-        except UnicodeEncodeError:  # of the body: nothing was sent
-            tokens = {}
+        except UnicodeEncodeError:  # the body cannot be encoded: nothing was sent
+            charged = {}
             raise
         finally:
-            self.budget.settle(reserved, self.budget.prices.cost_of(tokens))
-            if row is None and tokens and call.key is not None:
-                self.cache.add({"key": call.key, "lost": lost} | tokens)
+            self.budget.settle(reserved, self.budget.prices.cost_of(charged))
+            if row is None and charged and call.key is not None:
+                self.cache.add({"key": call.key, "lost": lost} | charged)
         self._has_answered = True
-        self._in_a_row.pop("server", None)
+        self._consecutive_failures.pop("server", None)
         return row
 
     async def _reserve(self, amount: float) -> None:
@@ -333,13 +344,13 @@ class Client:
             raise CallError("not_json", "it sends no stream", charged=True)
         return row_of_body({"choices": [{"message": {"content": "".join(pieces)}, "finish_reason": finish_reason}]})
 
-    def _gave_up(self, error: CallError) -> None:
+    def _count_failure(self, error: CallError) -> None:
         """Count a failed call, and stop the run if every call fails in this way."""
         is_retried = error.action == "retry"
         cause = "server" if is_retried else error.kind
-        self._in_a_row[cause] += 1
+        self._consecutive_failures[cause] += 1
         unreachable = error.kind in ("connection", "not_json", "error_body") and not self._has_answered
-        always = self._in_a_row[cause] >= (1 if unreachable else GIVE_UP_AFTER)
+        always = self._consecutive_failures[cause] >= (1 if unreachable else GIVE_UP_AFTER)
         if always and (is_retried or (cause in self.advice and not self.has_read)):
             self._stop(self.next_step(error))
 
@@ -363,6 +374,9 @@ class Client:
         with suppress(Exception):  # many servers have no such list
             names = [model.id for model in (await asyncio.wait_for(self._openai.models.list(), 10)).data]
         return f"; the server has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+
+    def _is_stopping(self) -> bool:
+        return self._stopping.is_set()
 
     def _stop(self, message: str) -> None:
         self.stop_error = self.stop_error or UserError(message)

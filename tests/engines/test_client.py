@@ -432,7 +432,7 @@ def test_a_run_that_stops_does_not_wait_for_an_overloaded_server(monkeypatch):
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
     client, start = Client("m", CallSettings(concurrency=4), http_client=http), time.monotonic()
     with pytest.raises(UserError, match="asks to wait"):
-        list(client.run([request(str(number)) for number in range(8)], at_once=8))
+        list(client.run([request(str(number)) for number in range(8)], max_in_flight=8))
     assert len(sent) == 4 and time.monotonic() - start < 10
 
 
@@ -451,7 +451,7 @@ def test_a_call_that_is_refused_again_for_its_rate_keeps_its_slot_while_it_waits
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
     client = Client("m", CallSettings(concurrency=1), http_client=http)
     calls = [request(key, messages=[{"role": "user", "content": key}]) for key in "ab"]
-    assert all(outcome.reading for _, outcome in client.run(calls, at_once=2)) and sent == {"a": 3, "b": 3}
+    assert all(outcome.reading for _, outcome in client.run(calls, max_in_flight=2)) and sent == {"a": 3, "b": 3}
     assert times[1] - times[0] < 0.3 <= min(times[3] - times[2], times[4] - times[3])
 
 

@@ -156,11 +156,11 @@ class PairwiseJudge(JudgeSettings):
         yield from self._run(candidates, offline)
 
     @property
-    def parameters(self) -> dict[str, Any]:
-        """The body of every request, with no messages yet. Bodies of earlier versions have the same order."""
+    def request_fields(self) -> dict[str, Any]:
+        """The fields of every request, with empty `messages`."""
         own = {"model": self.model, "messages": [], "temperature": self.temperature}
-        format = {"response_format": self.prompt.response_format} if self.prompt.response_format else {}
-        return {**self.prompt.defaults, **own, **format, "max_tokens": self.max_tokens}
+        response_format = {"response_format": self.prompt.response_format} if self.prompt.response_format else {}
+        return {**self.prompt.defaults, **own, **response_format, "max_tokens": self.max_tokens}
 
     def check_key(self) -> None:
         """Raise a [`UserError`] if the API key of a server is missing."""
@@ -182,10 +182,10 @@ class PairwiseJudge(JudgeSettings):
 
     def requests(self, candidates: Iterable[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Call]]]:
         """
-        Yield each pair with its requests, one for each order: none if its answers are equal, which is a tie, if an
-        image cannot be read, or if `held_out` gives a reason, which is in `dropped`. A pair has the first keys of a
-        judgement: `id`, `candidate`, `image_ids`, `question` and two `answers` in the candidate's order. Answers (0,
-        1), (2, 3) and so on are a pair; an odd one is left over.
+        Yield each pair with its requests, one for each order. There are no requests if the answers are equal (a tie),
+        if an image cannot be read, or if `held_out` returns a reason, which the pair then has as `dropped`. A pair has
+        the first keys of a judgement: `id`, `candidate`, `image_ids`, `question` and two `answers` in the candidate's
+        order. Answers (0, 1), (2, 3) and so on are a pair; an odd one is left over.
         """
         for candidate in candidates:
             answers, reason = candidate["answers"], self.held_out(candidate)
@@ -216,7 +216,7 @@ class PairwiseJudge(JudgeSettings):
 
         def body(urls: list[str]) -> dict[str, Any]:
             messages = self.prompt.messages(pair["question"], answers, urls, history, captions)
-            return self.parameters | {"messages": messages}
+            return self.request_fields | {"messages": messages}
 
         # The key is made of the body with the hashes of the images. Changing it loses every existing cache.
         named = body([f"{image.sha256}@{self.image_size}" for image in images])
@@ -261,7 +261,7 @@ class PairwiseJudge(JudgeSettings):
                 pair, requests = queue.popleft()
                 yield self._judgement(pair, [(call, outcomes.pop(call)) for call in requests])
 
-        for call, outcome in client.run(calls(), at_once=CALLS_PER_SLOT * self.concurrency):
+        for call, outcome in client.run(calls(), max_in_flight=CALLS_PER_SLOT * self.concurrency):
             outcomes[call] = outcome
             if offline and outcome.reason == "request_failed" and call.key not in refused:
                 missing[call.key] = outcome.error
@@ -281,14 +281,15 @@ class PairwiseJudge(JudgeSettings):
         requests = self.requests(candidates) if failures else ()
         for call in chain.from_iterable(calls for _, calls in requests):
             for error, without in failures.get(call.key, ()):
-                if not fields.learn(error, self.parameters.keys() - without) and error.action == "drop":
+                if not fields.learn(error, self.request_fields.keys() - without) and error.action == "drop":
                     refused[call.key] = error
-        if "max_tokens" in fields.refused:  # such models refuse a temperature, too; a file to learn that takes a day
+        # Models that refuse `max_tokens` also refuse `temperature`. Finding out would take another batch, up to a day.
+        if "max_tokens" in fields.refused:
             fields.refused.add("temperature")
         return fields, refused
 
     def _judgement(self, pair: dict[str, Any], asked: Sequence[tuple[Call, Outcome]]) -> dict[str, Any]:
-        """Return one line of `judgements.jsonl` from the outcome of each order; there is none without requests."""
+        """Return one line of `judgements.jsonl` from the outcomes of `asked`, which is empty without requests."""
         if any(outcome.error and outcome.error.kind == "image_unreadable" for _, outcome in asked):
             asked = []
         orders = [self._order(call, outcome) for call, outcome in asked]
@@ -338,8 +339,8 @@ class PairwiseJudge(JudgeSettings):
         verdicts = {order["verdict"] for order in orders}
         if len(verdicts) > 1 or "tie" in verdicts:
             return scores, "flip" if {0, 1} <= verdicts else "tie"
-        winner = verdicts.pop()
-        return scores, "small_margin" if scores[winner] - scores[1 - winner] < self.min_margin else None
+        better = verdicts.pop()
+        return scores, "small_margin" if scores[better] - scores[1 - better] < self.min_margin else None
 
 
 def _by_answer(scores: tuple[float, float], shown: tuple[int, int]) -> list[float]:
