@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medst_trl.base.errors import UserError
 from medst_trl.base.settings import check_bounds, documented
@@ -45,34 +45,41 @@ class Prices:
         return self.cost(tokens.get("prompt_tokens", 0), tokens.get("completion_tokens", 0))
 
 
-# List prices of November 2026, and the tokens of an image: base, and per tile of 512 x 512 pixels.
-_KNOWN: dict[str, tuple[float, float, int, int]] = {
-    "gpt-4o-mini": (0.15, 0.60, 2833, 5667),
-    "gpt-4o": (2.50, 10.00, 85, 170),
-    "gpt-4.1-nano": (0.10, 0.40, 85, 170),
-    "gpt-4.1-mini": (0.40, 1.60, 85, 170),
-    "gpt-4.1": (2.00, 8.00, 85, 170),
+class _KnownModel(NamedTuple):
+    input: float
+    output: float
+    image_base: int  # tokens of an image
+    image_tile: int  # further tokens per tile of 512 x 512 pixels
+
+
+# List prices of November 2026.
+_KNOWN_MODELS = {
+    "gpt-4o-mini": _KnownModel(0.15, 0.60, 2833, 5667),
+    "gpt-4o": _KnownModel(2.50, 10.00, 85, 170),
+    "gpt-4.1-nano": _KnownModel(0.10, 0.40, 85, 170),
+    "gpt-4.1-mini": _KnownModel(0.40, 1.60, 85, 170),
+    "gpt-4.1": _KnownModel(2.00, 8.00, 85, 170),
 }
 
 
 def prices_of(model: str, input: float | None = None, output: float | None = None) -> Prices:
     """Return the given prices, else the known prices of a model (also of a dated one, `gpt-4o-2024-08-06`)."""
-    known = _known(model) or (None, None)
-    return Prices(known[0] if input is None else input, known[1] if output is None else output)
+    known = _known_model(model) or Prices()
+    return Prices(known.input if input is None else input, known.output if output is None else output)
 
 
-def _known(model: str) -> tuple[float, float, int, int] | None:
-    return _KNOWN.get(re.sub(r"(-\d+)+$", "", model))  # without a date
+def _known_model(model: str) -> _KnownModel | None:
+    return _KNOWN_MODELS.get(re.sub(r"(-\d+)+$", "", model))  # without a date
 
 
 def image_tokens(model: str, width: int, height: int) -> int:
     """Return the tokens of one image: OpenAI's tiles, or 28 x 28 pixels per token for other models."""
-    known = _known(model)
+    known = _known_model(model)
     if known is None:
         return math.ceil(width / 28) * math.ceil(height / 28) + 2
     scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
     tiles = math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
-    return known[2] + known[3] * tiles
+    return known.image_base + known.image_tile * tiles
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class Budget:
     def used_up_message(self, amount: float) -> str:
         """Return the error message for an amount that exceeds the budget."""
         return (
-            f"The budget is used up: ${self.spent:.4f} of max_cost {self.max_cost:g} are spent, and "
+            f"The budget is used up: ${self.spent:.4f} of max_cost {self.max_cost:g} is spent, and "
             f"the next call may cost ${amount:.4f}. Finished work is kept: raise --max_cost and run the same command "
             "again to resume."
         )
