@@ -177,7 +177,7 @@ class Engine(ABC):
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the text of one prompt piece by piece, as it is written. The pieces make up the reply's text."""
         with closing(self.pieces(prompt, sampling)) as pieces:
-            yield from without_margins(pieces)
+            yield from strip_pieces(pieces)
 
     def pieces(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield what [`Engine.stream`] yields, perhaps with whitespace around the text. By default the whole text."""
@@ -203,11 +203,11 @@ class Engine(ABC):
             number (`int`):
                 Number of prompts.
             prompt_of (`Callable`):
-                Returns the prompt of a number. It opens the images: an engine that looks at each prompt should not
-                keep it.
+                Takes an index and returns that prompt. Each call opens the images, so an engine should not keep the
+                prompts.
 
         Returns:
-            `list[list[int]]`: the numbers of the prompts in each batch, in the order in which to run the batches.
+            `list[list[int]]`: the indices of the prompts in each batch, in the order in which to run the batches.
         """
         size = self.batch_size or 1
         return [list(range(start, min(start + size, number))) for start in range(0, number, size)]
@@ -291,7 +291,7 @@ def loads_model(settings: Mapping[str, Any]) -> bool:
     return name not in ENGINES or ENGINES.get(name).loads_model
 
 
-def without_margins(pieces: Iterable[str]) -> Iterator[str]:
+def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
     """Yield the pieces of a text without leading and trailing whitespace."""
     text, shown = "", 0
     for piece in pieces:
@@ -302,7 +302,7 @@ def without_margins(pieces: Iterable[str]) -> Iterator[str]:
             shown = end
 
 
-def random_stream(seed: int, record_id: str, purpose: str, *numbers: int) -> str:
+def random_stream_name(seed: int, record_id: str, purpose: str, *numbers: int) -> str:
     """Return the name of one text's random stream, different for any two texts."""
     return repr((seed, record_id, purpose, *numbers))
 

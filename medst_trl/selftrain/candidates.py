@@ -3,6 +3,7 @@
 """Candidates for preference pairs: the policy asks about images and answers its own questions several times."""
 
 import json
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ from medst_trl.engines.engine import (
     Request,
     Sampling,
     open_images,
-    random_stream,
+    random_stream_name,
     to_answer,
     to_ask,
 )
@@ -169,12 +170,14 @@ class CandidateGenerator:
             raise UserError(f"{times} records have the id {record_id!r}. Give each its own id.")
         state = process_state()
         # Windows are of equal size on all processes, and each process has one if there are enough records.
-        batch_size, share = self.engine.batch_size, -(-len(ids) // state.num_processes)
+        batch_size = self.engine.batch_size
+        share = math.ceil(len(ids) / state.num_processes)
         size = 1 if batch_size is None else max(1, min(BATCHES_PER_WINDOW * batch_size, share))
         windows = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         own = windows[state.process_index :: state.num_processes]
         left = [window for window in own if any(ids[row] not in done for row in window)]
-        rows, ahead = with_stored_images(dataset), None if batch_size is None else 1
+        rows = with_stored_images(dataset)
+        ahead = None if batch_size is None else 1  # windows that are opened in advance
         opened = ordered_map(lambda window: [_open(rows[row]) for row in window], left, OPENING_THREADS, ahead)
         bar = {"total": sum(map(len, left)), "unit": "image", "disable": not state.is_main_process}
         finished = tqdm(self._finished(opened), "candidates", **bar)
@@ -230,7 +233,7 @@ class CandidateGenerator:
                 return []
             replies = [None] * len(requests)
             requests = [replace(request, tag=(steps, replies, place)) for place, request in enumerate(requests)]
-            return requests or requests_after(steps, [])
+            return requests or requests_after(steps, [])  # a step without requests continues at once
 
         def then(request: Request, reply: Reply) -> list[Request]:
             steps, replies, place = request.tag
@@ -294,7 +297,7 @@ class CandidateGenerator:
 
     def _samples(self, prompt: Prompt, sampling: Sampling, count: int, *stream: Any) -> list[Request]:
         """Return requests for independent texts, each with its own random stream."""
-        streams = [random_stream(self.seed, *stream, number) for number in range(count)]
+        streams = [random_stream_name(self.seed, *stream, number) for number in range(count)]
         return [Request(replace(prompt, stream=stream), sampling) for stream in streams]
 
 

@@ -27,7 +27,7 @@ from medst_trl.engines.decoding import (
     warpers,
     write_texts,
 )
-from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream, to_answer, to_ask
+from medst_trl.engines.engine import OpenedImage, Prompt, Sampling, random_stream_name, to_answer, to_ask
 from medst_trl.engines.image_features import ImageFeatureCache
 from medst_trl.engines.kinds.transformers import TransformersEngine
 from medst_trl.policy.families import FAMILIES, family_of
@@ -364,7 +364,7 @@ def test_samples_follow_the_distribution_of_the_warpers(sampling):
     n = 5_000
     scores = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 1.5
     expected = LogitsProcessorList(warpers(sampling))(None, scores).softmax(-1)[0].tolist()
-    across = sample_tokens(scores.expand(n, -1), [random_stream(s, "r", "answer", 0) for s in range(n)], sampling)
+    across = sample_tokens(scores.expand(n, -1), [random_stream_name(s, "r", "answer", 0) for s in range(n)], sampling)
     assert abs(chi_square(Counter(across[:, 0].tolist()), expected)) < 5
     long = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens=2000)
     along = sample_tokens(scores.expand(5, -1), list("abcde"), long, steps=2000)
@@ -378,7 +378,7 @@ def test_chi_square_detects_a_wrong_distribution():
 
 def test_a_row_does_not_depend_on_its_batch():
     scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
-    streams = [random_stream(0, f"r{row}", "question", 0) for row in range(6)]
+    streams = [random_stream_name(0, f"r{row}", "question", 0) for row in range(6)]
     together = sample_tokens(scores, streams, steps=8)
     for row in range(6):
         assert (sample_tokens(scores[row : row + 1], streams[row : row + 1], steps=8) == together[row]).all()
@@ -389,7 +389,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_random_streams_differ_and_are_reproducible():
     scores = torch.zeros(1, 1000)
     names = [
-        random_stream(*parts)
+        random_stream_name(*parts)
         for parts in [(0, "a", "question", 1), (1, "a", "question", 1), (0, "b", "question", 1), (0, "a", "answer", 1),
                       (0, "a", "question", 2), (0, "a", "answer", 1, 0), (0, "a", "answer", 1, 1),
                       (0, "a', 'question", "question", 1)]

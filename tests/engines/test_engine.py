@@ -15,7 +15,7 @@ from medst_trl.base.settings import settings_among
 from medst_trl.data.loading import load_records
 from medst_trl.data.schema import text_of
 from medst_trl.engines import kinds
-from medst_trl.engines.engine import ENGINES, BatchEngine, Prompt, Reply, Request, Sampling, to_answer, without_margins
+from medst_trl.engines.engine import ENGINES, BatchEngine, Prompt, Reply, Request, Sampling, strip_pieces, to_answer
 from medst_trl.engines.kinds.server import ServerSettings
 from medst_trl.engines.kinds.transformers import TransformersSettings
 
@@ -185,5 +185,5 @@ def test_an_engine_without_streaming_yields_the_whole_text():
 
 def test_pieces_of_a_stream_are_stripped_like_a_reply():
     for pieces in (["  a", " ", "b ", " c", "\n", " "], ["", " ", "\n"], ["abc"], [" a b "], [" ", "a", "", "b"]):
-        assert "".join(without_margins(pieces)) == "".join(pieces).strip()
-        assert "" not in list(without_margins(pieces))
+        assert "".join(strip_pieces(pieces)) == "".join(pieces).strip()
+        assert "" not in list(strip_pieces(pieces))
