@@ -194,11 +194,11 @@ def winner(scores: Sequence[float]) -> Literal[0, 1, "tie"]:
 
 class LocalJudge(ABC):
     """
-    A judge that runs inside the stage: a dataclass of its settings on the command line of `medst judge`, registered
-    itself. Its calls are free.
+    A judge that runs inside the stage. Its calls are free.
 
-    Names of settings are unique over all local judges, and defaults are `None`: settings of a judge that is not chosen
-    do not count.
+    Subclass it as a dataclass whose fields are options of `medst judge`, and register the class in `LOCAL_JUDGES`.
+    Setting names must be unique across all local judges, and every default must be `None`: a judge is chosen by
+    setting one of its options.
 
     Attributes:
         name (`str`):

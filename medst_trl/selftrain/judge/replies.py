@@ -3,7 +3,7 @@
 """
 Read what a judge's reply says about two answers: their scores, and which is better, in JSON objects or in free text.
 
-What is ambiguous is None.
+Anything ambiguous is read as None.
 """
 
 import json
@@ -19,22 +19,24 @@ import yaml
 from .judge import winner
 
 
-LONGEST = 20_000  # characters read from each end
-MOST_LOOSE = 8  # objects in one reply that are not JSON; the parser for them is slow
-WHICH = {"1": 0, "one": 0, "a": 0, "first": 0, "2": 1, "two": 1, "b": 1, "second": 1}
-NOUN = r"(?:answer|assistant|response|candidate|model|reply|option)"
-NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
-OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
+_MAX_CHARS_PER_END = 20_000  # characters read from each end
+_MAX_LOOSE_OBJECTS = 8  # objects in one reply that are not JSON; the parser for them is slow
+_ANSWER_INDEX = {"1": 0, "one": 0, "a": 0, "first": 0, "2": 1, "two": 1, "b": 1, "second": 1}
+_ANSWER_NOUN = r"(?:answer|assistant|response|candidate|model|reply|option)"
+_NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
+_OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
 
 _REASONED = re.compile(
-    rf"\s*{NUMBER}{OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?"
+    rf"\s*{_NUMBER}{_OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?"
 )  # "8/10 - it sees the lesion"
 # Names and values are compared in lower case without blanks and marks.
-_ANSWER = rf"(?:the)?{NOUN}?({'|'.join(WHICH)}){NOUN}?"
+_ANSWER = rf"(?:the)?{_ANSWER_NOUN}?({'|'.join(_ANSWER_INDEX)}){_ANSWER_NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
 # Not empty. Names in the last group do not say which answer is meant: an index may start at 0, and a rank is not a
 # position.
-_IDENTIFIES = re.compile(rf"(?=.){NOUN}?(?:id|name|label|letter|number|no|key|(index|idx|rank|position|order))?|which")
+_IDENTIFIES = re.compile(
+    rf"(?=.){_ANSWER_NOUN}?(?:id|name|label|letter|number|no|key|(index|idx|rank|position|order))?|which"
+)
 _VERDICT = re.compile(r".*verdict|winner|(?:better|best|preferred)(?:answer)?|preference")
 _IS_BETTER = re.compile(rf"(?:(?:better|best|winner)(?:is)?)?{_ANSWER}(?:(?:is)?(?:the)?(?:better|best)|wins)?")
 _IS_TIE = re.compile(r"(?:itsa|a)?(?:tie|draw)|equal(?:lygood)?|neither(?:isbetter)?")
@@ -46,8 +48,8 @@ _THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*</think(?:ing)?>"
 
 def plain_text(text: str) -> str:
     """Return a reply without thoughts, in ordinary letters, and with its middle left out if it is very long."""
-    if len(text) > 2 * LONGEST:
-        text = text[:LONGEST] + "\n...\n" + text[-LONGEST:]
+    if len(text) > 2 * _MAX_CHARS_PER_END:
+        text = text[:_MAX_CHARS_PER_END] + "\n...\n" + text[-_MAX_CHARS_PER_END:]
     return _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
 
 
@@ -75,7 +77,7 @@ def read_statements(text: str, criteria: Collection[str]) -> dict[Any, Any] | No
         for key, value in items:
             name, named, criterion = _plain(key), outer_answer, outer_criterion
             if match := score_name.fullmatch(name):
-                named, criterion = WHICH.get(match[2], outer_answer), match[1] or match[3] or outer_criterion
+                named, criterion = _ANSWER_INDEX.get(match[2], outer_answer), match[1] or match[3] or outer_criterion
             values = value if isinstance(value, list) else [value]
             for place, item in enumerate(values):
                 answer = _answer_of(item, place) if named is None and len(values) == 2 else named
@@ -118,12 +120,16 @@ def _find_objects(text: str) -> list[tuple]:
             ends[starts.pop()] = brace.end()
     found, loose, at = [], 0, 0
     while (at := text.find("{", at)) >= 0:
+        item = None
         try:
             item, end = _DECODER.raw_decode(text, at)
         except ValueError:
-            end, loose = ends.get(at), loose + (at in ends)
-            item = _parse_loosely(text[at:end]) if end and loose <= MOST_LOOSE else None
-        found += [item] if item else []
+            if at in ends:
+                end, loose = ends[at], loose + 1
+                if loose <= _MAX_LOOSE_OBJECTS:
+                    item = _parse_loosely(text[at:end])
+        if item:  # an empty object says nothing
+            found.append(item)
         at = at + 1 if item is None else end
     return found
 
@@ -158,14 +164,16 @@ def _answer_of(item: Any, place: int) -> int | None:
     pairs = [pair for pair in item if not isinstance(pair[1], tuple | list)] if isinstance(item, tuple) else ()
     names = [(match, value) for key, value in pairs if (match := _IDENTIFIES.fullmatch(_plain(key)))]
     found = {_ANSWER_NAME.fullmatch(_plain(value)) for match, value in names if not match[1]} - {None}
-    answers = {WHICH[match[1]] for match in found}
-    return place if not names else answers.pop() if len(answers) == 1 else None
+    answers = {_ANSWER_INDEX[match[1]] for match in found}
+    if not names:
+        return place
+    return answers.pop() if len(answers) == 1 else None
 
 
 def _verdict(value: Any) -> int | str:
     name = _plain(value) if isinstance(value, str | int) else ""
     if match := _IS_BETTER.fullmatch(name):
-        return WHICH[match[1]]
+        return _ANSWER_INDEX[match[1]]
     return "tie" if _IS_TIE.fullmatch(name) else name
 
 
@@ -185,17 +193,20 @@ def _score(value: Any) -> float | None:
 
 
 # Two numbers and nothing else, with or without an announcement ("Final scores: (8, 7)").
-_PAIR = rf"[\[({{\s]*{NUMBER}{OUT_OF}[\s,;|&]*(?:and\b)?\s*(?<=[\s,;|&]){NUMBER}{OUT_OF}"
+_PAIR = rf"[\[({{\s]*{_NUMBER}{_OUT_OF}[\s,;|&]*(?:and\b)?\s*(?<=[\s,;|&]){_NUMBER}{_OUT_OF}"
 _ANNOUNCED = r"(?:(?:the\s+)?(?:final |overall )?(?:scores?|ratings?|output|result)s?\s*(?:are|is)?\s*[:=]?\s+)?"
 _PAIR_LINE = re.compile(rf"\s*{_ANNOUNCED}{_PAIR}[\])}}\s.;]*", re.IGNORECASE)
 # Two numbers that open a line of prose: "8 9 Both answers are ...". A small letter would make the number a quantity.
 _PAIR_OPENS = re.compile(rf"\s*{_PAIR}[\])}}]?(?:[.,;:]|\s*[-\u2013\u2014])?\s+(?=[A-Z(])")
-_ONE_LINE = re.compile(rf"\s*{NUMBER}{OUT_OF}\s*")
+_ONE_LINE = re.compile(rf"\s*{_NUMBER}{_OUT_OF}\s*")
 _LOOKS_LIKE_PAIR = re.compile(
     r"[\s\[({]*[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\s,;|&]+[+-]?[0-9.]+(?:\s?/\s?[0-9]+)?[\])}\s.;]*"
 )
 
-_LABEL = rf"(?:\b{NOUN}\s?[#_]?(1|2|one|two|a|b)\b|\b(?:the\s+)(first|second)(?:\s+{NOUN}|\s+one)?\b)(?:'s\s+{NOUN})?"
+_LABEL = (
+    rf"(?:\b{_ANSWER_NOUN}\s?[#_]?(1|2|one|two|a|b)\b|\b(?:the\s+)(first|second)(?:\s+{_ANSWER_NOUN}|\s+one)?\b)"
+    rf"(?:'s\s+{_ANSWER_NOUN})?"
+)
 # Between label and number: a colon, or a verb of scoring. No sentence end, no other number, no line full of prose.
 _TO_NUMBER = (
     r"\s*(?:[:=(|\u2013\u2014-]\s*|\s(?:(?:would\s|should\s)?(?:gets?|receives?|scores?|earns?|deserves?|is|be|rated"
@@ -205,8 +216,8 @@ _TO_NUMBER = (
 _AFTER = (
     rf"(?=\s*(?:$|[\n.;)|\]]|,(?!\s*[0-9])|\(|[-\u2013\u2014]\s|points?\b|(?:and|while|but|whereas|to)\b|{_LABEL}))"
 )
-_LABEL_THEN_NUMBER = re.compile(rf"{_LABEL}{_TO_NUMBER}{NUMBER}({OUT_OF}){_AFTER}", re.IGNORECASE)
-_NUMBER_THEN_LABEL = re.compile(rf"{NUMBER}({OUT_OF})\s+(?:points?\s+)?(?:for|to)\s+{_LABEL}", re.IGNORECASE)
+_LABEL_THEN_NUMBER = re.compile(rf"{_LABEL}{_TO_NUMBER}{_NUMBER}({_OUT_OF}){_AFTER}", re.IGNORECASE)
+_NUMBER_THEN_LABEL = re.compile(rf"{_NUMBER}({_OUT_OF})\s+(?:points?\s+)?(?:for|to)\s+{_LABEL}", re.IGNORECASE)
 _FINAL = re.compile(r"\b(?:overall|final|total|in summary|scores|ratings)\b", re.IGNORECASE)
 _MARKUP = re.compile(r"[*`_#>]+(?=\S)|(?<=\S)[*`_]+|```\w*")
 
@@ -237,8 +248,11 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     text = plain_text(text)
     if (statements := read_statements(text, ("overall",))) is not None:
         pair = [statements.get((answer, "overall"), statements.get((answer, None))) for answer in (0, 1)]
-        verdict = statements.get("verdict", "")
-        return None if None in pair or verdict in {None, 0, 1, "tie"} - {winner(pair)} else tuple(pair)
+        if None in pair:
+            return None
+        verdict = statements.get("verdict", "")  # None if ambiguous; another text says nothing about the scores
+        contradicts = verdict is None or (verdict in (0, 1, "tie") and verdict != winner(pair))
+        return None if contradicts else tuple(pair)
     lines = [line for line in _MARKUP.sub("", text).splitlines() if line.strip()]
     if not lines:
         return None
@@ -265,7 +279,7 @@ def _named_scores(text: str) -> tuple[float, float] | Literal["unclear"] | None:
     found: list[list[tuple[int, float]]] = [[], []]
     for pattern, number, ordinal, score in ((_LABEL_THEN_NUMBER, 1, 2, 3), (_NUMBER_THEN_LABEL, 3, 4, 1)):
         for match in pattern.finditer(text):
-            answer = WHICH[(match[number] or match[ordinal]).lower()]
+            answer = _ANSWER_INDEX[(match[number] or match[ordinal]).lower()]
             found[answer].append((match.start(), float(match[score])))
     if not all(found):
         return None
