@@ -26,9 +26,8 @@ _ANSWER_NOUN = r"(?:answer|assistant|response|candidate|model|reply|option)"
 _NUMBER = r"(?<![\w.,/+-])([0-9]{1,3}(?:\.[0-9]{1,2})?)"
 _OUT_OF = r"(?:\s?/\s?10|\s+out\s+of\s+10)?(?![\w%/]|\.[0-9])"
 
-_REASONED = re.compile(
-    rf"\s*{_NUMBER}{_OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?"
-)  # "8/10 - it sees the lesion"
+# "8/10 - it sees the lesion"
+_REASONED = re.compile(rf"\s*{_NUMBER}{_OUT_OF}\s*(?:[-\u2013\u2014:;,.(]\s*(?:[^\W\d]\D*)?)?")
 # Names and values are compared in lower case without blanks and marks.
 _ANSWER = rf"(?:the)?{_ANSWER_NOUN}?({'|'.join(_ANSWER_INDEX)}){_ANSWER_NOUN}?"
 _ANSWER_NAME = re.compile(_ANSWER)
