@@ -13,6 +13,7 @@ from random_images import random_image
 from medst_trl.base.errors import UserError
 from medst_trl.data.schema import features_of
 from medst_trl.engines.calls import CACHE_FILE
+from medst_trl.engines.client import RE_ASKS
 from medst_trl.selftrain.judge import batch_api
 from medst_trl.selftrain.judge.batch_api import read_batch, write_batch
 from medst_trl.selftrain.judge.pairwise import PairwiseJudge
@@ -357,7 +358,8 @@ def test_all_pairs_are_judged_despite_random_faults():
         judgements = list(judge_with(server, concurrency=16, timeout=5)(candidates(60)))
     assert len(judgements) == 60 and all(judgement["verdict"] is not None for judgement in judgements)
     nonsense = server.outcomes["nonsense"]  # these replies were also charged
-    assert server.delivered.total() == 120 + nonsense and max(server.delivered.values()) == 1
+    assert server.delivered.total() == 120 + nonsense
+    assert max(server.delivered.values()) <= RE_ASKS  # equal unreadable replies are followed by equal requests
 
 
 @pytest.mark.parametrize(
