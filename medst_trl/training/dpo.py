@@ -20,7 +20,7 @@ from medst_trl.policy.families import base_of
 from .examples import check_has_images
 from .losses import LOSSES, TRUE_VIEW, Answers, PairLogProbs, check_losses, is_registered
 from .preference_collator import DataCollatorForMultimodalPreference, usable_pairs
-from .prefix_sharing import PrefixSharing, cannot_share
+from .prefix_sharing import cannot_share, share_prefix
 from .reference_log_probs import PrecomputesReference, hash_of_reference, sharing_weights
 from .settings import MultimodalDPOSettings
 from .trainer import PolicyTrainer, datasets_by_name
@@ -78,10 +78,12 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt`, `chosen`, `rejected`, `images` (with empty lists for text alone) and `id`, or pairs in
             another of TRL's forms, see [`conform`].
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Evaluation data, with the same columns.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor, required with a loaded model.
         **kwargs:
-            Further arguments of [`~trl.DPOTrainer`], such as `ref_model`, `eval_dataset`, `peft_config`, `callbacks`.
+            Further arguments of [`~trl.DPOTrainer`], such as `ref_model`, `peft_config`, `callbacks`.
 
     Example:
     ```python
@@ -145,7 +147,7 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
     def _share_prefix(self) -> None:
         for model in filter(None, (self.model, self.ref_model)):
             base = base_of(self.accelerator.unwrap_model(model))
-            PrefixSharing(base, is_sharded=self.is_fsdp_enabled or self.is_zero_3())
+            share_prefix(base, is_sharded=self.is_fsdp_enabled or self.is_zero_3())
 
     def _separate_losses(self) -> None:
         """Separate registered losses from TRL's."""
@@ -156,11 +158,12 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         columns = {name: inputs.pop(name, None) for name in ("weight", "probability")}
-        reference = self.model if self.ref_model is None else self.ref_model
-        with keep_requires_grad(self.model), fused_outputs(model) as of_policy, fused_outputs(reference) as of_ref:
+        ref = self.model if self.ref_model is None else self.ref_model
+        with keep_requires_grad(self.model), fused_outputs(model) as policy_outputs, fused_outputs(ref) as ref_outputs:
             result = super()._compute_loss(model, inputs, return_outputs)
         if self.registered_losses:
-            pairs = self._pair_log_probs(inputs, of_policy[0], of_ref[-1], **columns)
+            # One model can be both (an adapter): its first output is the policy's, its last the reference's.
+            pairs = self._pair_log_probs(inputs, policy_outputs[0], ref_outputs[-1], **columns)
             loss = result[0] if return_outputs else result
             for registered, loss_weight in self.registered_losses:
                 values = registered(pairs, self.args)
@@ -173,7 +176,7 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
             metrics[f"logratios/{kind}"].append(metrics[f"rewards/{kind}"][-1] / self.beta)
         return result
 
-    def _pair_log_probs(self, inputs, of_policy, of_reference, weight, probability) -> PairLogProbs:
+    def _pair_log_probs(self, inputs, policy_output, ref_output, weight, probability) -> PairLogProbs:
         """The input of registered losses, from what policy and reference have returned for a batch."""
         mask = inputs["completion_mask"][:, 1:]
 
@@ -183,9 +186,9 @@ class MultimodalDPOTrainer(PrecomputesReference, PolicyTrainer, DPOTrainer):
         if self.precompute_ref_logps:
             reference = Answers(inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
         else:
-            reference = answers(of_reference)
+            reference = answers(ref_output)
         return PairLogProbs(
-            policy={TRUE_VIEW: answers(of_policy)},
+            policy={TRUE_VIEW: answers(policy_output)},
             reference={TRUE_VIEW: reference},
             lengths=Answers(*mask.sum(1).chunk(2)),
             weight=weight,
@@ -219,7 +222,10 @@ def _make_reference(model: Any, precomputes: bool, peft_config: Any) -> Any:
 
 
 def _as_pairs(dataset: Any, name: str, args: MultimodalDPOConfig) -> Dataset:
-    """TRL's other forms of pairs in ours, see [`conform`]; what a collator of its own may read stays as it is."""
+    """
+    Convert TRL's other forms of pairs to ours, see [`conform`]. A dataset that lacks columns is left unchanged: a
+    custom collator may not need them.
+    """
     if not isinstance(dataset, Dataset):
         raise UserError(
             f"{name}_dataset is of type {type(dataset).__name__}. DPO does not support streaming here, because "

@@ -32,9 +32,9 @@ from .encoding import TOKEN_INPUTS
 logger = get_logger(__name__)
 
 PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+FULL_PRECISION = (torch.float32, torch.float64)
 # Nats by which a token's log-probability may differ between the two layouts. A wrong mask or wrong positions make a
 # larger difference.
-FULL_PRECISION = (torch.float32, torch.float64)
 LARGEST_DIFFERENCE = 1e-3
 MEAN_IN_HALF_PRECISION = 0.05
 
@@ -120,7 +120,9 @@ class PrefixSharing:
             has_images = any(torch.is_tensor(value) and name not in TOKEN_INPUTS for name, value in inputs.items())
             share = functools.partial(self._shared, model, inputs, prefix_length, shared_length)
             if has_images not in self.agrees:
-                self.agrees[has_images] = not (self.is_sharded and self.agrees) and self._compare(model, inputs, share)
+                # Sharded: ranks may meet the second kind of batch in different steps, so it is not compared.
+                is_comparable = not (self.is_sharded and self.agrees)
+                self.agrees[has_images] = is_comparable and self._compare(model, inputs, share)
             return share() if self.agrees[has_images] else self.forward(model, **with_images_twice(inputs))
 
         # On the instance, as TRL does, so that PEFT and DDP wrap it like any other.
@@ -161,6 +163,11 @@ class PrefixSharing:
                 f"shared prompt {problem}. Training is correct, but a step takes longer."
             )
         return problem is None
+
+
+def share_prefix(model: PreTrainedModel, is_sharded: bool = False) -> None:
+    """Make a model compute each pair as one sequence, in place. See [`PrefixSharing`]."""
+    PrefixSharing(model, is_sharded)
 
 
 def _positions(
@@ -212,7 +219,7 @@ def cannot_share(model: PreTrainedModel) -> str | None:
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"attention {attention!r} is not known to accept a mask that separates them (sdpa and eager do)"
-    if unknown := layer_types(config) - {"full_attention", "sliding_attention"}:
+    if unknown := layer_types(config) - {_FULL, _SLIDING}:
         return f"its layers of type {', '.join(sorted(unknown))} would mix the two answers"
     if getattr(config, "cross_attention_layers", None):
         return "its images are read by cross-attention"
@@ -258,17 +265,17 @@ def layer_types(config: PreTrainedConfig) -> set[str]:
 
 
 def branch_masks(
-    config: PreTrainedConfig, branches: torch.Tensor, positions: torch.Tensor, blocks: torch.Tensor | None = None
+    config: PreTrainedConfig, branch: torch.Tensor, column: torch.Tensor, blocks: torch.Tensor | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    Attention mask in which every branch sees the trunk and itself, and no other branch.
+    Attention mask in which every branch sees the prompt and itself, and no other branch.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
             Configuration of the text model: its layer types, sliding window and attention implementation.
-        branches (`torch.Tensor` of shape (batch, length)):
-            0 for the trunk, another number for each branch (padding is one).
-        positions (`torch.Tensor` of shape (batch, length)):
+        branch (`torch.Tensor` of shape (batch, length)):
+            0 for the prompt, another number for each branch (padding is one).
+        column (`torch.Tensor` of shape (batch, length)):
             Position of each token in its own sequence, which a sliding window counts by.
         blocks (`torch.Tensor` of shape (batch, length), *optional*):
             Tokens with the same number, 0 or more, see each other in both directions (Gemma 3's images); -1 elsewhere.
@@ -279,18 +286,18 @@ def branch_masks(
     """
 
     def allowed(batch, head, query, key):
-        sees = (query >= key) & ((branches[batch, key] == 0) | (branches[batch, key] == branches[batch, query]))
+        sees = (query >= key) & ((branch[batch, key] == 0) | (branch[batch, key] == branch[batch, query]))
         if blocks is not None:
             sees = sees | ((blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0))
         return sees
 
     def in_window(batch, head, query, key):
-        near = positions[batch, query] - positions[batch, key] < config.sliding_window
+        near = column[batch, query] - column[batch, key] < config.sliding_window
         return allowed(batch, head, query, key) & near
 
     rules = {_FULL: allowed, _SLIDING: in_window}
     make_mask = eager_mask if config._attn_implementation == "eager" else sdpa_mask
-    (batch, length), settings = branches.shape, {"allow_is_causal_skip": False, "device": branches.device}
+    (batch, length), settings = branch.shape, {"allow_is_causal_skip": False, "device": branch.device}
     masks = {
         kind: make_mask(batch, length, length, mask_function=rules[kind], **settings) for kind in layer_types(config)
     }

@@ -24,6 +24,7 @@ from medst_trl.training.prefix_sharing import (
     branch_masks,
     cannot_share,
     layer_types,
+    share_prefix,
 )
 
 
@@ -244,7 +245,7 @@ def test_a_model_that_does_not_support_the_mask_falls_back_to_separate_sequences
 def test_ranks_with_sharded_weights_run_equally_many_forward_passes():
     model, processor = tiny_model("vicuna")
     add_fused_lm_head(model)
-    PrefixSharing(model, is_sharded=True)
+    share_prefix(model, is_sharded=True)
     runs = []
     model.model.language_model.register_forward_hook(lambda *args: runs.append(1))
     text_only = [pair_with_answers(0, "Yes", "No", images=0)]
@@ -260,7 +261,7 @@ def test_ranks_with_sharded_weights_run_equally_many_forward_passes():
 def test_a_copy_of_the_model_uses_its_own_weights():
     model, processor = tiny_model("vicuna")
     add_fused_lm_head(model)
-    PrefixSharing(model)
+    share_prefix(model)
     batch = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*PAIRS])
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     copy = deepcopy(model)
@@ -308,7 +309,7 @@ def test_a_forward_pass_without_the_fused_head_is_unchanged():
     with torch.no_grad():
         before = model(**batch).logits
         add_fused_lm_head(model)
-        PrefixSharing(model)
+        share_prefix(model)
         assert torch.equal(model(**batch).logits, before)
         shared = DataCollatorForMultimodalPreference(processor, share_prefix=True)([*PAIRS])
         shared.pop("completion_mask")
