@@ -20,7 +20,7 @@ from .examples import (
     UnreadableImage,
     UsableExamples,
     check_image,
-    malformed_is_rejected,
+    reject_malformed,
     usable_examples,
     with_decoded_images,
 )
@@ -159,7 +159,9 @@ class DataCollatorForSelfQuestioning(DecodesImages, DataCollatorForVisionLanguag
         spans = [row[-len(_targets(conversation)) :] for row, conversation in zip(spans, kept, strict=True)]
         fitted = map(self._fit, kept, spans)
         fitting = [None if conversation is None else next(fitted) for conversation in conversations]
-        return (batch, spans, conversations) if fitting == conversations else self._encode_fitting(fitting)
+        if fitting == conversations:
+            return batch, spans, conversations
+        return self._encode_fitting(fitting)  # the batch without what did not fit
 
     def _conversation(self, example: dict[str, Any]) -> ImageConversation:
         conversation = as_conversation(example)
@@ -201,7 +203,7 @@ def usable_conversations(
     max_length, length_of = collator.max_length, length_counter(collator.processor)
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        with malformed_is_rejected():
+        with reject_malformed():
             conversation = longest._conversation(example)
         if not _targets(conversation):
             raise BadRecord("nothing_to_train")
@@ -209,8 +211,7 @@ def usable_conversations(
         # Most conversations are far from the limit. The others are processed with blank images.
         if max_length is None or estimate + 16 * len(conversation.messages) + 100 <= max_length:
             return length, False
-        blank = [Image.new("RGB", size) for size in conversation.images]
-        conversation = replace(conversation, images=blank)
+        conversation = replace(conversation, images=[Image.new("RGB", size) for size in conversation.images])
         _, _, [fitting] = longest._encode_fitting([conversation])
         if fitting is None:
             raise BadRecord("too_long")
@@ -221,8 +222,8 @@ def usable_conversations(
 
 def _targets(conversation: ImageConversation) -> list[int]:
     """Indices of the messages that are training targets, in order."""
-    asked, messages = conversation.asked, list(enumerate(conversation.messages))[conversation.prompt_length :]
-    return [index for index, message in messages if index in asked or message["role"] == "assistant"]
+    after_prompt = list(enumerate(conversation.messages))[conversation.prompt_length :]
+    return [i for i, message in after_prompt if i in conversation.asked or message["role"] == "assistant"]
 
 
 def _until(conversation: ImageConversation, end: int) -> ImageConversation:

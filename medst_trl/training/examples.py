@@ -105,7 +105,8 @@ def check_image(image: Image.Image | dict[str, Any]) -> tuple[int, int]:
     Raises:
         UnreadableImage: if it is missing, truncated, of an unknown format, or too narrow.
     """
-    size = (isinstance(image, dict) and _size_of_whole_file(image)) or _decode(image).size
+    size = _size_of_whole_file(image) if isinstance(image, dict) else None
+    size = size or _decode(image).size
     if why := aspect_ratio_error([size]):
         raise UnreadableImage(f"The image cannot be used ({why}).", EXTREME_ASPECT_RATIO)
     return size
@@ -120,15 +121,16 @@ def _size_of_whole_file(image: dict[str, Any]) -> tuple[int, int] | None:
                 opened.verify()
                 return opened.size
             if opened.format in ("JPEG", "MPO") and data[-4096:].rstrip(b"\0").endswith(b"\xff\xd9"):
-                # `datasets` applies the EXIF orientation
-                return opened.size[:: -1 if opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else 1]
+                width, height = opened.size
+                is_rotated = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # `datasets` applies it
+                return (height, width) if is_rotated else (width, height)
     except Exception:  # Pillow may still be able to decode it
         return None
 
 
 @contextmanager
-def malformed_is_rejected() -> Iterator[None]:
-    """Reject the record that is read inside the block if that fails. Errors elsewhere are not about the record."""
+def reject_malformed() -> Iterator[None]:
+    """Turn an error inside the block into a [`BadRecord`] with the reason `malformed`."""
     try:
         yield
     except (UserError, KeyError, TypeError) as error:
@@ -171,8 +173,8 @@ def usable_examples(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Examples, see the collators.
         check (`Callable`):
-            Returns the number of tokens of an example, which has the sizes of its images in their place, and whether
-            it is truncated. Raises [`BadRecord`] if it cannot be trained on, see [`malformed_is_rejected`].
+            Takes an example whose images are replaced by their sizes. Returns its number of tokens, and whether it is
+            truncated. Raises [`BadRecord`] if it cannot be trained on, see [`reject_malformed`].
         max_length (`int` or `None`):
             Longest sequence in tokens, image tokens included.
         name (`str`, *optional*, defaults to `"train"`):
@@ -181,17 +183,20 @@ def usable_examples(
     Raises:
         UserError: if none is left.
     """
-    lengths, reasons, problem, truncated, is_stream = {}, {}, None, 0, not has_length(dataset)
+    lengths = {}
+    rejected_at = {}  # index: (id, reason)
+    problem, truncated = None, 0
+    is_stream = not has_length(dataset)
     rows = tqdm(with_stored_images(dataset), f"checking {name}", disable=True if is_stream or rank() else None)
     for place, example in enumerate(rows):
         try:
             sizes = [check_image(image) for image in images_of(example)]
             length, is_truncated = check(with_images(example, sizes))
         except (BadRecord, UnreadableImage) as error:
-            reasons[place] = str(example.get("id") or place), error.reason
+            rejected_at[place] = str(example.get("id") or place), error.reason
             problem = problem or getattr(error, "value", str(error))  # names a missing file
             continue
-        except ValueError as error:  # a training stage takes it for one about its settings
+        except ValueError as error:  # a training stage would report a ValueError as an invalid setting
             raise RuntimeError(
                 f"Record {example.get('id') or place!r} of {name} cannot be checked: {error}"
             ) from error
@@ -199,11 +204,11 @@ def usable_examples(
         truncated += is_truncated
         if is_stream:
             return UsableExamples(dataset, {}, Counter(), 0, [])
-    rejected = Counter(reason for _, reason in reasons.values())
+    rejected = Counter(reason for _, reason in rejected_at.values())
     _report(name, len(lengths), rejected, max_length, problem)
-    if reasons:
+    if rejected_at:
         dataset = dataset.select(lengths) if hasattr(dataset, "select") else Subset(dataset, list(lengths))
-    return UsableExamples(dataset, dict(reasons.values()), rejected, truncated, list(lengths.values()))
+    return UsableExamples(dataset, dict(rejected_at.values()), rejected, truncated, list(lengths.values()))
 
 
 def _report(name: str, kept: int, counts: Counter[str], max_length: int | None, problem: str | None) -> None:

@@ -25,7 +25,7 @@ from .encoding import TOKEN_INPUTS, ImageConversation, as_conversation, encode, 
 from .examples import (
     DecodesImages,
     UsableExamples,
-    malformed_is_rejected,
+    reject_malformed,
     usable_examples,
     with_decoded_images,
     with_images,
@@ -38,10 +38,10 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
     """
     Data collator for preference pairs about images.
 
-    TRL's own collator tokenizes prompt and completion separately and adds no beginning-of-sequence token; for
-    LLaVA-1.5 the first log-probabilities would then be those of another text than the model was trained on and sampled
-    from. Here prompt and answer are rendered and tokenized together, and control tokens spelled in data are
-    neutralized, as in [`DataCollatorForSelfQuestioning`]. The images of a pair are processed once, not twice.
+    TRL's own collator tokenizes prompt and completion separately and adds no beginning-of-sequence token: with
+    LLaVA-1.5, the model would then score a different text from the one it was trained on and sampled. Here prompt and
+    answer are rendered and tokenized together, and control tokens spelled in data are neutralized, as in
+    [`DataCollatorForSelfQuestioning`]. The images of a pair are processed once, not twice.
 
     Each example has `prompt` (messages, the last one a user's), `chosen` and `rejected` (one assistant message each),
     `images` (a list, may be empty, decoded or as `datasets` stores them) and optionally `id`, `weight` and
@@ -59,9 +59,9 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
 
     Returns of a call:
         `dict`: `input_ids`, `attention_mask`, `completion_mask` (1 on the answer and its terminator) of shape
-        (2 x batch, length), first all chosen, then all rejected; `pixel_values` and what else the processor gives,
-        for all rows, or with `share_prefix` for those of the chosen answers alone, and then `prefix_length` of shape
-        (batch,), the length of the common prefix of each pair, and `shared_length`, that of the longest pair as one
+        (2 x batch, length), first all chosen, then all rejected. `pixel_values` and the processor's other outputs, for
+        all rows. With `share_prefix`, these are for the chosen rows only, and there are also `prefix_length` of shape
+        (batch,), the length of each pair's common prefix, and `shared_length`, the length of the longest pair as one
         sequence. `weight` and `probability`, float32 of shape (batch,), if an example has them; 1 for those that
         have none.
 
@@ -118,7 +118,7 @@ class DataCollatorForMultimodalPreference(DecodesImages, DataCollatorForVisionPr
             if inputs["input_ids"][index, prefix : lengths[index]].tolist() != chosen_ids[common:]:
                 raise UserError(
                     f"Record {conversation.id!r}: {type(self.processor).__name__} tokenizes the text after an image "
-                    "differently without the image, so the two answers cannot share one prompt."
+                    "differently without the image, which is not supported. Remove the images, or train another model."
                 )
             start = max(chosen_span.start, rejected_span.start) + image_tokens
             if self.max_length is not None and start >= self.max_length:
@@ -157,7 +157,9 @@ def pair_as_conversation(example: dict[str, Any], key: str) -> ImageConversation
     """The prompt of a preference pair followed by its answer `key`, `"chosen"` or `"rejected"`."""
     answer = example[key]
     if not answer or answer[-1]["role"] != "assistant" or not example["prompt"]:
-        raise UserError(f"Record {example.get('id')!r}: `{key}` must be one assistant message after a `prompt`.")
+        raise UserError(
+            f"Record {example.get('id')!r}: `{key}` must end with an assistant message. `prompt` must not be empty."
+        )
     return as_conversation(example, [*example["prompt"], *answer])
 
 
@@ -171,7 +173,7 @@ def usable_pairs(
     image_tokens = {}
 
     def check(example: dict[str, Any]) -> tuple[int, bool]:
-        with malformed_is_rejected():
+        with reject_malformed():
             pair = [pair_as_conversation(example, key) for key in ("chosen", "rejected")]
         if len({text_of(conversation.messages[-1]["content"]).strip() for conversation in pair}) == 1:
             raise BadRecord("chosen_equals_rejected")
@@ -181,8 +183,9 @@ def usable_pairs(
         if (sizes := tuple(pair[0].images)) not in image_tokens:
             blank = replace(pair[0], images=[Image.new("RGB", size) for size in sizes])
             image_tokens[sizes] = encode(processor, [blank]).spans[0][-1].start - answers[0].start
-        answers = [Span(*(place + image_tokens[sizes] for place in answer[:2]), False) for answer in answers]
-        # The middle of an answer is beyond the limit, or all of it.
+        offset = image_tokens[sizes]
+        answers = [Span(answer.start + offset, answer.end + offset, False) for answer in answers]
+        # More than half of an answer is beyond the limit.
         if max_length is not None and any(answer.start + answer.end > 2 * max_length for answer in answers):
             raise BadRecord("too_long")
         ends = [answer.end if max_length is None else min(answer.end, max_length) for answer in answers]
