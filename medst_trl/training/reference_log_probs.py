@@ -75,7 +75,7 @@ def sharing_weights(model: torch.nn.Module) -> PreTrainedModel:
     """
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
-            raise UserError("precompute_ref_log_probs supports only adapters inside the layers (LoRA). Remove it.")
+            raise UserError("precompute_ref_log_probs needs an adapter inside the layers (LoRA). Remove the option.")
         retie_lm_head(model)
         model = model.get_base_model()
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -97,7 +97,7 @@ def hash_of_reference(model: torch.nn.Module, processor: ProcessorMixin, collato
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     base = base_of(model)
     tokenizer = json.loads(tokenizer_of(processor).backend_tokenizer.to_str())
-    del tokenizer["truncation"], tokenizer["padding"]  # of the last call
+    del tokenizer["truncation"], tokenizer["padding"]  # left over from the last call
     settings = {
         "format": FORMAT,
         "weights": on_main_process(lambda: hash_module(base)),
@@ -110,7 +110,7 @@ def hash_of_reference(model: torch.nn.Module, processor: ProcessorMixin, collato
         "max_length": args.max_length,
         "ld_alpha": args.ld_alpha,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "deepspeed": args.deepspeed_plugin is not None,  # which rounds the weights too
+        "deepspeed": args.deepspeed_plugin is not None,  # it rounds the weights
     }
     return sha256_of(settings)[:32]
 
@@ -216,7 +216,7 @@ class PrecomputesReference:
         datasets = [self._remove_unused_columns(part.dataset) for part in self.usable.values()]
         pairs = ConcatDataset([with_stored_images(dataset) for dataset in datasets])
         lengths = [length for part in self.usable.values() for length in part.lengths]
-        longest_first = sorted(places, key=lambda place: -lengths[place])  # it must fit into memory
+        longest_first = sorted(places, key=lambda place: -lengths[place])  # if memory is too small, fail at once
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         batches = [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
         batches = batches[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -66,6 +66,8 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
             Columns `messages` (or `prompt` and `completion`), `images` (with empty lists for text alone) and `id`.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Evaluation data, with the same columns.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor, required with a loaded model.
         **kwargs:
@@ -143,7 +145,7 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
             outputs = hooks.enter_context(fused_outputs(model))
             if "token_mask" in inputs:
                 inputs["position_ids"] = rope_positions(base_of(self.model), inputs)
-                # TRL counts tokens by it; a model that saw it would not look for documents
+                # TRL counts tokens with it. The model must not get it: it would then not separate the documents.
                 inputs["attention_mask"] = inputs.pop("token_mask")
                 hooks.callback(model.register_forward_pre_hook(_without_attention_mask, with_kwargs=True).remove)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -196,7 +198,10 @@ class SelfQuestioningTrainer(PolicyTrainer, SFTTrainer):
 
 
 def _packing(model: PreTrainedModel, args: SelfQuestioningConfig) -> float | None:
-    """The model's [`packing_cost`]; or `None`, with a warning that says why and batches grouped by length."""
+    """
+    Return the model's [`packing_cost`]. If rows cannot be packed, warn why, switch `args` to batches grouped by
+    length, and return `None`.
+    """
     cost, why = packing_cost(model)
     parallelism = args.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):

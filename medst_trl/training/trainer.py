@@ -80,14 +80,15 @@ class GroupsByLength:
         if not groups or len(self.train_lengths) != len(dataset):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        # Of a whole optimizer step: ranks do not wait for one with longer examples, and the order is the same for any
-        # number of them. The Trainer's own grouping ignores the number of ranks.
+        # Group the examples of a whole optimizer step, so that no rank waits for one with longer examples, and the
+        # order is the same for any number of ranks. The Trainer's own grouping ignores the number of ranks.
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._length_sampler = SeededLengthGroupedSampler(batch_size, self.train_lengths, seed)
         return self._length_sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs):
-        # accelerate does so with its own seeded sampler. On several ranks, its data loader does not find this one:
+        # accelerate sets the epoch of its own seeded sampler only. On several ranks, its data loader does not find
+        # this one:
         # https://github.com/modelscope/ms-swift/pull/9658
         if self._length_sampler is not None:
             self._length_sampler.set_epoch(epoch)
@@ -136,7 +137,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         return model, processing_class
 
     def reject_examples(
-        self, args: Any, datasets: Mapping[str, Any], find_usable: Callable[..., UsableExamples], *how: Any
+        self, args: Any, datasets: Mapping[str, Any], find_usable: Callable[..., UsableExamples], *usable_args: Any
     ) -> tuple[Any, Any]:
         """
         Leave out the examples that cannot be trained on, and list them in `rejected.jsonl` of `output_dir`.
@@ -147,13 +148,15 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             datasets (`dict`):
                 See [`datasets_by_name`].
             find_usable (`Callable`):
-                Finds the usable examples of a dataset, given the dataset, `how` and its name for messages.
+                Finds the usable examples of a dataset, given the dataset, `usable_args` and its name for messages.
+            *usable_args:
+                Further arguments of `find_usable`, between the dataset and its name.
 
         Returns:
             `tuple`: The arguments `train_dataset` and `eval_dataset` without them. The trainer has `usable`, the
             [`UsableExamples`] by name, and `rejected_records`, the reasons by id (`eval/ID`).
         """
-        self.usable = {name: find_usable(dataset, *how, name) for name, dataset in datasets.items()}
+        self.usable = {name: find_usable(dataset, *usable_args, name) for name, dataset in datasets.items()}
         self.rejected_records = {
             record if name == "train" else f"{name}/{record}": reason
             for name, usable in self.usable.items()
@@ -161,7 +164,8 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
         }
         if args.should_save and self.rejected_records:
             os.makedirs(args.output_dir, exist_ok=True)
-            values, reasons = {"too_long": f"max_length={args.max_length}"}, self.rejected_records.items()
+            values = {"too_long": f"max_length={args.max_length}"}
+            reasons = self.rejected_records.items()
             rows = ({"id": name, "reason": reason, "value": values.get(reason, "")} for name, reason in reasons)
             write_jsonl(Path(args.output_dir, "rejected.jsonl"), rows)
         self.train_lengths = self.usable["train"].lengths
@@ -187,9 +191,11 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False, **kwargs)
         name_fsdp_layers(self)
         self.stop_signals = StopSignals(self)
-        # DDP that looks for unused parameters (TRL's default with images) exchanges zeros itself.
-        diverges = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.ddp_find_unused_parameters is False
-        if self.accelerator.num_processes > 1 and diverges:
+        # A rank whose batch has no images would skip the vision tower while the others run it. DDP that looks for
+        # unused parameters (TRL's default with images) handles this; DeepSpeed, FSDP and other DDP do not.
+        is_ddp = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        needs_blank_images = not is_ddp or self.args.ddp_find_unused_parameters is False
+        if self.accelerator.num_processes > 1 and needs_blank_images:
             for model in filter(None, (self.model, *others)):
                 encode_blank_images(base_of(self.accelerator.unwrap_model(model)), self.processing_class)
 
@@ -279,7 +285,7 @@ class PolicyTrainer(GroupsByLength, UpstreamFixes):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.state.global_step == getattr(self, "_initial_global_step", None):
-            logs.pop("train_loss", None)  # resumed after its last step: the loss is that of no step
+            logs.pop("train_loss", None)  # training resumed after its last step and ran none, so there is no loss
         if "learning_rate" in logs:  # a log of training steps
             logs |= {f"learning_rate_{part}": rate for part, rate in self._rates_of_step.items() if part != "language"}
             now = time.monotonic()
