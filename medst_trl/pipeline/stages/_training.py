@@ -278,10 +278,9 @@ def train_policy(stage: Stage, args: TrainingStageArguments, training_args: "Tra
     if record.decision == "skip":
         return
     with record:
-        checkpoint = resume_checkpoint(
-            training_args.output_dir, training_args.distributed_state, training_args.resume_from_checkpoint
-        )
-        if record.decision == "resume" and checkpoint is None and training_args.distributed_state.is_main_process:
+        state = training_args.distributed_state
+        checkpoint = resume_checkpoint(training_args.output_dir, state, training_args.resume_from_checkpoint)
+        if record.decision == "resume" and checkpoint is None and state.is_main_process:
             print("No checkpoint is used. Training starts at the first step.")
         trainer = _with_policy(args, training_args, datasets)
         parameters = ", ".join(f"{part} {count:,}" for part, count in trainer.trainable_parameters().items())
