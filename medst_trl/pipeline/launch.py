@@ -258,16 +258,20 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Signals to stop (see [`stop_signals`]) are passed on to the command and its children, which may save their work
     first. The third of one kind kills them: a logout may send several kinds.
     """
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    received = []
+    process, received = None, []
 
     def pass_on(number, frame):
         received.append(number)
-        with suppress(ProcessLookupError):  # it has already ended
-            os.killpg(process.pid, number if received.count(number) < 3 else signal.SIGKILL)
+        if process is not None:
+            with suppress(ProcessLookupError):  # it has already ended
+                os.killpg(process.pid, number if received.count(number) < 3 else signal.SIGKILL)
 
+    # Before the command starts: a signal in between would end this process and leave the command running.
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        for number in tuple(received):  # while the command was being started
+            os.killpg(process.pid, number)
         return _exit_code(process.wait())
     finally:
         for number, handler in before.items():

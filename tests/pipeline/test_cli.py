@@ -479,6 +479,21 @@ def test_a_logout_that_sends_several_kinds_of_signals_does_not_kill_a_stage():
     assert process.wait(timeout=30) == 7
 
 
+def test_a_signal_while_a_stage_is_being_started_reaches_it():
+    code = """
+import os, signal, subprocess, sys
+from medst_trl.pipeline import launch
+start = subprocess.Popen
+def start_slowly(*arguments, **options):
+    process = start(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+subprocess.Popen = start_slowly
+sys.exit(launch.run([sys.executable, "-c", "import time; time.sleep(60)"], {}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 128 + signal.SIGTERM
+
+
 def test_an_interrupted_command_ends_with_how_to_resume_it(monkeypatch, capsys):
     stops = [KeyboardInterrupt(), Interrupted(128 + signal.SIGTERM), KeyboardInterrupt(), KeyboardInterrupt()]
 
