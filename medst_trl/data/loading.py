@@ -368,7 +368,7 @@ class TableImages:
     """
     Images inside the rows of datasets, by the hash of their bytes. They are read again when they are needed.
 
-    `datasets` stores the absolute paths of local images, unless it is told to embed them. Such files are read if the
+    `datasets` stores the absolute paths of local images unless you embed them. Such files are read if the
     dataset `is_local`: one on the Hub must not name files of this machine.
     """
 

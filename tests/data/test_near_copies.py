@@ -59,7 +59,7 @@ def test_noise_like_that_of_the_shared_cases_is_told_apart():
 
 @pytest.mark.parametrize("sigma", [6, 8, 12])
 def test_smooth_images_whose_copies_would_be_missed_have_no_hash(sigma):
-    """Compression noise alone decides half of the bits of such an image."""
+    """Half of the bits of such an image depend only on compression noise."""
     y, x = np.mgrid[:128, :128]
     centers = np.random.default_rng(sigma).uniform(30, 98, (5, 2))
     pixels = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * sigma**2)) for a, b in centers)

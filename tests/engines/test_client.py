@@ -487,4 +487,4 @@ def test_waits_grow_up_to_a_limit(monkeypatch):
     waits = [max(wait_before(attempt, None) for _ in range(50)) for attempt in range(12)]
     assert waits[0] <= 0.5 < waits[3] and max(waits) <= 30
     assert 7 <= wait_before(0, 7.0) < 7.2
-    assert wait_before(6, 0.1) > 10  # a server that goes on refusing calls is asked less often
+    assert wait_before(6, 0.1) > 10  # a server that keeps refusing calls is called less often
